@@ -1,0 +1,141 @@
+"""Who is steered, and which way: probe score, conformal thresholds, zones. Pure, no I/O."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from guard.errors import InputError
+
+__all__ = [
+    "GateReading",
+    "Thresholds",
+    "Zone",
+    "choose_zone",
+    "conformal_lower",
+    "conformal_upper",
+    "probe_score",
+    "refusal_logit",
+    "refusal_probability",
+]
+
+
+class Zone(StrEnum):
+    """What the gate decides for one request."""
+
+    PASS = "pass"  # noqa: S105 - a zone, not a password
+    RAISE = "raise"
+    LOWER = "lower"
+
+
+@dataclass(frozen=True)
+class GateReading:
+    """What the base pass shows at the end of a prompt.
+
+    Attributes:
+        score: the probe's logit, higher is more harmful.
+        refusal_prob: the base model's own chance of opening with a refusal token.
+    """
+
+    score: float
+    refusal_prob: float
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where the zones begin.
+
+    Attributes:
+        raise_above: τ_hi; at most α of benign prompts score above it.
+        lower_below: τ_lo; at most δ of harmful prompts score below it; None: not certified.
+        raise_if_refusal_below: raise only if the base is not about to refuse by itself.
+        lower_if_refusal_above: lower only if the base is about to refuse.
+    """
+
+    raise_above: float
+    lower_below: float | None
+    raise_if_refusal_below: float = 0.9
+    lower_if_refusal_above: float = 0.1
+
+
+def choose_zone(reading: GateReading, thresholds: Thresholds, allow_lower: bool = True) -> Zone:
+    """Return the zone of a reading; what is uncertain, or already as it should be, passes."""
+    if reading.score > thresholds.raise_above:
+        about_to_comply = reading.refusal_prob < thresholds.raise_if_refusal_below
+        return Zone.RAISE if about_to_comply else Zone.PASS
+    tau = thresholds.lower_below
+    if allow_lower and tau is not None and reading.score < tau:
+        about_to_refuse = reading.refusal_prob > thresholds.lower_if_refusal_above
+        return Zone.LOWER if about_to_refuse else Zone.PASS
+    return Zone.PASS
+
+
+def probe_score(hidden: Tensor, weight: Tensor, bias: Tensor | float) -> Tensor:
+    """Return hidden · weight + bias in float32.
+
+    Args:
+        hidden: (n_rows, d_model) residual stream at the last instruction token.
+        weight: (d_model,).
+        bias: a number or 0-d tensor.
+
+    Returns:
+        (n_rows,) logits, higher is more harmful.
+    """
+    return hidden.float() @ weight.float() + bias
+
+
+def refusal_probability(logits: Tensor, token_ids: Tensor, token_weights: Tensor) -> Tensor:
+    """Return p_R = Σ_v p(v)·w_v: how likely the base is to open with a refusal.
+
+    Args:
+        logits: (n_rows, vocab) of the first response token, at temperature 1.
+        token_ids: (n_tokens,) first tokens of the model's own refusals.
+        token_weights: (n_tokens,) share of the responses opening with that token that refuse.
+
+    Returns:
+        (n_rows,) float32 in [0, 1].
+    """
+    probs = torch.softmax(logits.float(), dim=-1)[:, token_ids]
+    return (probs @ token_weights.float()).clamp(0.0, 1.0)
+
+
+def refusal_logit(refusal_prob: Tensor, floor: float = 1e-6) -> Tensor:
+    """Return log p_R − log(1 − p_R): the refusal metric of Arditi et al. 2024, 2406.11717."""
+    return torch.logit(refusal_prob.double().clamp(floor, 1.0 - floor))
+
+
+def conformal_upper(scores: Tensor, alpha: float) -> float:
+    """Return τ such that a fresh exchangeable score exceeds it with probability ≤ alpha.
+
+    τ is the ⌈(n+1)(1−α)⌉-th smallest of n scores (Vovk et al. 2005, split conformal).
+
+    Raises:
+        InputError: n is too small for alpha; the message says how many would do.
+    """
+    n = _check_level(scores, alpha)
+    rank = math.ceil((n + 1) * (1.0 - alpha) - 1e-9)
+    if rank > n:
+        need = math.ceil(1.0 / alpha - 1.0 - 1e-9)
+        raise InputError(f"alpha {alpha} needs at least {need} prompts in a stratum, got {n}")
+    return float(scores.double().sort().values[rank - 1])
+
+
+def conformal_lower(scores: Tensor, delta: float) -> float:
+    """Return τ such that a fresh exchangeable score lies below it with probability ≤ delta.
+
+    Raises:
+        InputError: n is too small for delta; the message says how many would do.
+    """
+    return -conformal_upper(-scores, delta)
+
+
+def _check_level(scores: Tensor, level: float) -> int:
+    if not 0.0 < level < 1.0:
+        raise InputError(f"a conformal level lies strictly between 0 and 1, got {level}")
+    if scores.dim() != 1 or not bool(torch.isfinite(scores).all()):
+        raise InputError("conformal scores must be one finite vector")
+    return int(scores.numel())
