@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +61,13 @@ class Thresholds:
     lower_below: float | None
     raise_if_refusal_below: float = 0.9
     lower_if_refusal_above: float = 0.1
+
+    def side(self, score: float) -> Literal["harmful", "benign", "uncertain"]:
+        """Return what a score says; where no τ_lo is certified, benign begins at logit 0."""
+        if score > self.raise_above:
+            return "harmful"
+        benign_below = self.lower_below if self.lower_below is not None else 0.0
+        return "benign" if score < benign_below else "uncertain"
 
 
 def choose_zone(reading: GateReading, thresholds: Thresholds, allow_lower: bool = True) -> Zone:

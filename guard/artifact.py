@@ -1,0 +1,404 @@
+"""The guard file: carriers, probe and thresholds in one `.safetensors`, with a JSON manifest.
+
+Format 1: safetensors tensors (table `TENSORS`) and one metadata key, `trimtab`, that holds the
+manifest as JSON. There is no pickle anywhere, so loading a file runs no code. The file's id is the
+first 12 hex digits of its SHA-256. The file names the model's refusal direction: treat it as a
+secret. It is written with mode 0600, and whole or not at all.
+
+This module is the only one in `guard` that touches files, apart from `policy`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from guard.errors import ArtifactError, ModelMismatchError
+from guard.gate import Thresholds
+from guard.steering import Carrier
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CarrierArtifact",
+    "CarrierSpec",
+    "GateSpec",
+    "Interval",
+    "Manifest",
+    "ModelIdentity",
+    "load_artifact",
+    "save_artifact",
+    "write_atomically",
+]
+
+FORMAT_VERSION = 1
+_KEY = "trimtab"
+_MAX_BYTES = 256 * 2**20
+_MAX_HEADER_BYTES = 16 * 2**20
+
+TENSORS = {
+    "raise.basis": "(k, d_model) float32",
+    "raise.target": "(k,) float32, empty for an additive carrier",
+    "lower.basis": "(k, d_model) float32, absent when no lower carrier is admissible",
+    "lower.target": "(k,) float32",
+    "probe.weight": "(d_model,) float32",
+    "refusal.token_ids": "(n_tokens,) int64",
+    "refusal.token_weights": "(n_tokens,) float32",
+}
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Interval(_Frozen):
+    """A measurement with its 95 % interval and the number of prompts behind it."""
+
+    value: Finite
+    low: Finite
+    high: Finite
+    n: int = Field(ge=0)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n})"
+
+
+class ModelIdentity(_Frozen):
+    """What a guard was calibrated on, so that it never steers another model."""
+
+    model_id: str
+    revision: str | None = None
+    architecture: str
+    n_layers: int = Field(gt=0)
+    d_model: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    dtype: str
+    quantization: str | None = None
+    config_sha256: str
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    weights_sha256: str = Field(description="over a fixed sample of every weight, in bfloat16")
+
+
+class CarrierSpec(_Frozen):
+    """One carrier of the artifact, and what it was measured to do."""
+
+    layer: int = Field(ge=0)
+    kind: Literal["add", "affine"]
+    family: str = Field(description="how it was found, e.g. difference_in_means")
+    position: int | None = Field(
+        default=None, description="prompt position it was read at, from the end (-1 is the last)"
+    )
+    norm_share: Finite = Field(description="‖direction‖ over the mean norm of the residual stream")
+    measurements: dict[str, Interval] = Field(default_factory=dict)
+
+
+class GateSpec(_Frozen):
+    """The probe, its thresholds and what they promise."""
+
+    layer: int = Field(ge=0)
+    bias: Finite
+    instruction_suffix_ids: list[int] = Field(
+        description="template tokens after the instruction; the probe reads the token before them"
+    )
+    raise_above: Finite
+    lower_below: Finite | None
+    raise_if_refusal_below: Finite
+    lower_if_refusal_above: Finite
+    alpha: Finite
+    delta: Finite
+    n_by_stratum: dict[str, int]
+    measurements: dict[str, Interval] = Field(default_factory=dict)
+    guarantee: str = (
+        "For prompts exchangeable with the calibration prompts: at most alpha of benign prompts of"
+        " each stratum are raised and at most delta of harmful prompts are lowered, on average over"
+        " calibrations. It does not hold under attack or for other traffic."
+    )
+
+
+class Manifest(_Frozen):
+    """Everything about a guard that is not a tensor."""
+
+    format_version: Literal[1] = 1
+    created: str = Field(description="UTC time, ISO 8601")
+    model: ModelIdentity
+    seed: int
+    safe_kl_nats: Finite
+    datasets: dict[str, str] = Field(description="name → sha256 of the prompts as used")
+    libraries: dict[str, str]
+    raise_carrier: CarrierSpec
+    lower_carrier: CarrierSpec | None
+    gate: GateSpec
+    refusal_examples: list[str] = Field(
+        default_factory=list, description="the model's own refusal openings, most frequent first"
+    )
+    controls: dict[str, Interval] = Field(default_factory=dict)
+    geometry: dict[str, Finite] = Field(default_factory=dict)
+    sensitive: str = "This file names the model's refusal direction. Keep it like a credential."
+
+
+@dataclass(frozen=True)
+class CarrierArtifact:
+    """A guard, loaded and checked.
+
+    Attributes:
+        manifest: everything that is not a tensor.
+        raise_carrier: steers toward refusal.
+        lower_carrier: steers away from refusal; None: over-refusals cannot be lowered.
+        probe_weight: (d_model,) float32.
+        refusal_token_ids: (n_tokens,) int64, first tokens of the model's own refusals.
+        refusal_token_weights: (n_tokens,) float32 in [0, 1].
+        artifact_id: first 12 hex digits of the file's SHA-256; "unsaved" before it is written.
+    """
+
+    manifest: Manifest
+    raise_carrier: Carrier
+    lower_carrier: Carrier | None
+    probe_weight: Tensor
+    refusal_token_ids: Tensor
+    refusal_token_weights: Tensor
+    artifact_id: str = "unsaved"
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """The gate's thresholds as the zones read them."""
+        gate = self.manifest.gate
+        return Thresholds(
+            gate.raise_above,
+            gate.lower_below if self.lower_carrier is not None else None,
+            gate.raise_if_refusal_below,
+            gate.lower_if_refusal_above,
+        )
+
+    def check_model(self, model: ModelIdentity) -> None:
+        """Refuse to guard a model that this artifact was not calibrated on.
+
+        Raises:
+            ModelMismatchError: names every field that differs, with both values.
+        """
+        mine = self.manifest.model
+        fields = ("architecture", "n_layers", "d_model", "vocab_size", "quantization")
+        hashes = ("config_sha256", "tokenizer_sha256", "chat_template_sha256", "weights_sha256")
+        differ = [
+            f"{name}: guard {_short(getattr(mine, name))}, model {_short(getattr(model, name))}"
+            for name in fields + hashes
+            if getattr(mine, name) != getattr(model, name)
+        ]
+        if differ:
+            raise ModelMismatchError(
+                f"guard {self.artifact_id} was calibrated on {mine.model_id}, not on"
+                f" {model.model_id}: {'; '.join(differ)}."
+                f" Run `trimtab calibrate {model.model_id}` to make a guard for this model."
+            )
+
+
+def save_artifact(artifact: CarrierArtifact, path: Path) -> str:
+    """Write the artifact with mode 0600, whole or not at all; return its id.
+
+    Raises:
+        ArtifactError: the tensors do not fit the manifest, or the file cannot be written.
+    """
+    tensors = {
+        "raise.basis": artifact.raise_carrier.basis,
+        "raise.target": artifact.raise_carrier.target,
+        "probe.weight": artifact.probe_weight,
+        "refusal.token_ids": artifact.refusal_token_ids,
+        "refusal.token_weights": artifact.refusal_token_weights,
+    }
+    if artifact.lower_carrier is not None:
+        tensors["lower.basis"] = artifact.lower_carrier.basis
+        tensors["lower.target"] = artifact.lower_carrier.target
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    _build(artifact.manifest, tensors, path)  # what is written must load again
+    text = json.dumps(artifact.manifest.model_dump(mode="json"), sort_keys=True)
+    data = save_tensors(tensors, metadata={_KEY: text})
+    write_atomically(path, data, mode=0o600)
+    return _file_id(data)
+
+
+def load_artifact(path: Path) -> CarrierArtifact:
+    """Read and check a guard file.
+
+    Raises:
+        ArtifactError: missing, not safetensors, truncated, damaged, of another version, not finite,
+            or with tensors that do not fit the manifest.
+    """
+    data = _read(path)
+    header_bytes = int.from_bytes(data[:8], "little")
+    if header_bytes > _MAX_HEADER_BYTES or header_bytes > len(data) - 8:
+        raise _unreadable(
+            path, f"its header claims {header_bytes} bytes in a {len(data)}-byte file"
+        )
+    try:
+        header = json.loads(data[8 : 8 + header_bytes])
+        text = header["__metadata__"][_KEY]
+        tensors = load_tensors(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as err:
+        raise _unreadable(path, f"not a trimtab safetensors file ({err!r})") from err
+    manifest = _parse_manifest(text, path)
+    artifact = _build(manifest, tensors, path)
+    return _with_id(artifact, _file_id(data))
+
+
+def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write to a temporary file beside `path`, fsync, rename: the old file stays until the end.
+
+    Raises:
+        ArtifactError: the folder does not exist, is not writable, or the disk is full.
+    """
+    handle, name = -1, ""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, mode)
+        os.replace(name, path)
+    except OSError as err:
+        if name:
+            Path(name).unlink(missing_ok=True)
+        raise ArtifactError(
+            f"{path}: cannot write {len(data)} bytes: {err.strerror or err};"
+            " what was there before is untouched"
+        ) from err
+
+
+def _read(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise _unreadable(path, f"{size} bytes, a guard has at most {_MAX_BYTES}")
+        data = path.read_bytes()
+    except OSError as err:
+        raise ArtifactError(
+            f"{path}: cannot read the guard: {err.strerror or err};"
+            " make one with `trimtab calibrate MODEL --out FILE`"
+        ) from err
+    if data[:1] == b"\x80" or data[:2] == b"PK":
+        raise _unreadable(path, "this is a pickle or PyTorch archive, which trimtab never opens")
+    if len(data) < 16:
+        raise _unreadable(path, f"{len(data)} bytes are too few for a safetensors file")
+    return data
+
+
+def _parse_manifest(text: object, path: Path) -> Manifest:
+    try:
+        raw: Any = json.loads(str(text))
+    except (ValueError, RecursionError) as err:
+        raise _unreadable(path, f"its manifest is not JSON ({err})") from err
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise ArtifactError(
+            f"{path}: format version {version!r}, this build reads {FORMAT_VERSION};"
+            " re-run `trimtab calibrate`, or use the trimtab release that wrote it"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as err:
+        first = err.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise _unreadable(path, f"manifest field {where}: {first['msg']}") from err
+
+
+def _build(manifest: Manifest, tensors: dict[str, Tensor], path: Path) -> CarrierArtifact:
+    """Check tensors against the manifest and assemble the artifact."""
+    d_model, n_layers = manifest.model.d_model, manifest.model.n_layers
+    expected = set(TENSORS) - (
+        {"lower.basis", "lower.target"} if not manifest.lower_carrier else set()
+    )
+    if set(tensors) != expected:
+        raise _unreadable(path, f"tensors {sorted(tensors)}, expected {sorted(expected)}")
+    for name, tensor in tensors.items():
+        wanted = torch.int64 if name == "refusal.token_ids" else torch.float32
+        if tensor.dtype != wanted:
+            raise _unreadable(path, f"tensor {name}: {tensor.dtype}, expected {wanted}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise _unreadable(path, f"tensor {name}: holds NaN or infinite values")
+    if tensors["probe.weight"].shape != (d_model,):
+        raise _unreadable(
+            path, f"probe.weight: {tuple(tensors['probe.weight'].shape)}, expected ({d_model},)"
+        )
+    ids, weights = tensors["refusal.token_ids"], tensors["refusal.token_weights"]
+    if ids.dim() != 1 or not len(ids) or ids.shape != weights.shape:
+        raise _unreadable(
+            path, "refusal tokens: ids and weights must be two equal, non-empty lists"
+        )
+    if int(ids.min()) < 0 or int(ids.max()) >= manifest.model.vocab_size:
+        raise _unreadable(path, f"refusal.token_ids: outside 0…{manifest.model.vocab_size - 1}")
+    if float(weights.min()) < 0 or float(weights.max()) > 1:
+        raise _unreadable(path, "refusal.token_weights: outside [0, 1]")
+    if not manifest.gate.layer <= n_layers:
+        raise _unreadable(path, f"gate layer {manifest.gate.layer} of a {n_layers}-layer model")
+    specs = {"raise": manifest.raise_carrier, "lower": manifest.lower_carrier}
+    carriers = {
+        name: _carrier(name, spec, tensors, d_model, n_layers, path) if spec else None
+        for name, spec in specs.items()
+    }
+    raising = carriers["raise"]
+    if raising is None:
+        raise _unreadable(path, "no raise carrier")
+    return CarrierArtifact(
+        manifest, raising, carriers["lower"], tensors["probe.weight"], ids, weights
+    )
+
+
+def _carrier(
+    name: str,
+    spec: CarrierSpec,
+    tensors: dict[str, Tensor],
+    d_model: int,
+    n_layers: int,
+    path: Path,
+) -> Carrier:
+    basis, target = tensors[f"{name}.basis"], tensors[f"{name}.target"]
+    if basis.dim() != 2 or basis.shape[1] != d_model or not 1 <= basis.shape[0] <= 8:
+        raise _unreadable(path, f"{name}.basis: {tuple(basis.shape)}, expected (k ≤ 8, {d_model})")
+    want = basis.shape[0] if spec.kind == "affine" else 0
+    if target.shape != (want,) or (spec.kind == "add" and basis.shape[0] != 1):
+        raise _unreadable(
+            path, f"{name}.target: {tuple(target.shape)} does not fit kind {spec.kind}"
+        )
+    if spec.layer >= n_layers:
+        raise _unreadable(path, f"{name} carrier at layer {spec.layer} of a {n_layers}-layer model")
+    return Carrier(spec.layer, spec.kind, basis, target)
+
+
+def _with_id(artifact: CarrierArtifact, artifact_id: str) -> CarrierArtifact:
+    return CarrierArtifact(
+        artifact.manifest,
+        artifact.raise_carrier,
+        artifact.lower_carrier,
+        artifact.probe_weight,
+        artifact.refusal_token_ids,
+        artifact.refusal_token_weights,
+        artifact_id,
+    )
+
+
+def _file_id(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text[:12] + "…" if len(text) == 64 else text
+
+
+def _unreadable(path: Path, why: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path}: cannot use this guard: {why}; restore the file or re-run `trimtab calibrate`"
+    )

@@ -1,0 +1,160 @@
+"""One request from gate to record.
+
+    base pass ─► gate reading ─► zone ─► (shadow pass ─► mix ─► charge) × K ─► record
+
+A session holds no tensors and runs no model: an engine asks it what to do at each response token
+and tells it what was spent. So every engine enforces the same budget by the same few lines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from guard.artifact import CarrierArtifact
+from guard.gate import GateReading, Zone, choose_zone
+from guard.kl import Ledger
+from guard.policy import Policy
+from guard.refusal import Verdict, judge
+from guard.steering import Carrier
+
+__all__ = ["GuardSession", "Record", "shadow_due"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the guard did to one request. It holds no user text.
+
+    Attributes:
+        zone: the gate's decision; None if the request ended before its gate was read.
+        gate_score: probe logit; None likewise.
+        refusal_prob: the base model's own refusal probability at the first response token.
+        kl_nats: Σ KL(p_t ‖ p0) of the request; in observe mode, what would have been spent.
+        budget_nats: the request's whole budget; 0 in the pass zone.
+        steered_tokens: response tokens whose distribution was moved (observe: would have been).
+        shadow_passes: shadow passes run.
+        token_flips: steered tokens whose most likely token changed.
+        exhausted: the budget was used up.
+        applied: False in observe mode, where nothing was changed.
+        gate_says: the side of the thresholds on which the score lies.
+        verdict: of the finished text; None while it is not finished.
+    """
+
+    zone: Zone | None
+    gate_score: float | None
+    refusal_prob: float | None
+    kl_nats: float
+    budget_nats: float
+    steered_tokens: int
+    shadow_passes: int
+    token_flips: int
+    exhausted: bool
+    applied: bool
+    gate_says: Literal["harmful", "benign", "uncertain"]
+    verdict: Verdict | None = None
+
+    @property
+    def suspected_over_refusal(self) -> bool:
+        """Refused though the gate says benign: suspected, because truth needs a label."""
+        refused = self.verdict in (Verdict.REFUSED, Verdict.PARTIAL)
+        return refused and self.gate_says == "benign"
+
+    @property
+    def suspected_under_refusal(self) -> bool:
+        """Answered though the gate says harmful: suspected, likewise."""
+        return self.verdict is Verdict.COMPLIED and self.gate_says == "harmful"
+
+
+def shadow_due(zone: Zone, position: int, shadow_tokens: int) -> bool:
+    """True if response token `position` (from 0) of a request in `zone` gets a shadow pass.
+
+    A pure function of zone and position, never of the ledger, so that the ranks of a tensor-
+    parallel engine take the same path without talking about it.
+    """
+    return zone is not Zone.PASS and position < shadow_tokens
+
+
+class GuardSession:
+    """The guard's state for one request.
+
+    Args:
+        artifact: the guard.
+        policy: the operator's policy; mode "off" must not create sessions.
+    """
+
+    def __init__(self, artifact: CarrierArtifact, policy: Policy) -> None:
+        self._artifact = artifact
+        self._policy = policy
+        self._zone: Zone | None = None
+        self._reading: GateReading | None = None
+        self._ledger = Ledger(0.0)
+        self._steered = self._shadows = self._flips = 0
+
+    @property
+    def zone(self) -> Zone | None:
+        """The gate's decision, None before `open`."""
+        return self._zone
+
+    @property
+    def ledger(self) -> Ledger:
+        """The request's ledger; budget 0 until a zone gives it one."""
+        return self._ledger
+
+    @property
+    def applies(self) -> bool:
+        """True if mixed logits are to be sampled from; False in observe mode."""
+        return self._policy.mode == "enforce"
+
+    @property
+    def carrier(self) -> Carrier | None:
+        """The carrier of the request's zone, None in the pass zone."""
+        if self._zone is Zone.RAISE:
+            return self._artifact.raise_carrier
+        return self._artifact.lower_carrier if self._zone is Zone.LOWER else None
+
+    def open(self, reading: GateReading) -> Zone:
+        """Decide the zone at the end of the prompt and open the ledger."""
+        policy = self._policy
+        self._reading = reading
+        self._zone = choose_zone(
+            reading, self._artifact.thresholds, allow_lower=policy.lower == "certified"
+        )
+        budgets = {Zone.RAISE: policy.raise_budget_nats, Zone.LOWER: policy.lower_budget_nats}
+        self._ledger = Ledger(budgets.get(self._zone, 0.0), policy.token_cap_nats)
+        return self._zone
+
+    def wants_shadow(self, position: int) -> bool:
+        """True if response token `position` is to be steered and the ledger can still pay."""
+        due = self._zone is not None and shadow_due(
+            self._zone, position, self._policy.shadow_tokens
+        )
+        return due and self._ledger.allowance_nats > 0
+
+    def charge(self, kl_nats: float, flipped: bool) -> None:
+        """Book one shadow pass: its KL, and whether the most likely token changed.
+
+        Raises:
+            BudgetError: the KL is above the allowance.
+        """
+        self._ledger.charge(kl_nats)
+        self._shadows += 1
+        self._steered += kl_nats > 0
+        self._flips += flipped
+
+    def record(self, text: str | None = None) -> Record:
+        """The request's record; with the finished text, its verdict too."""
+        thresholds, reading = self._artifact.thresholds, self._reading
+        record = Record(
+            zone=self._zone,
+            gate_score=reading.score if reading else None,
+            refusal_prob=reading.refusal_prob if reading else None,
+            kl_nats=self._ledger.spent_nats,
+            budget_nats=self._ledger.budget_nats,
+            steered_tokens=self._steered,
+            shadow_passes=self._shadows,
+            token_flips=self._flips,
+            exhausted=self._ledger.exhausted,
+            applied=self.applies,
+            gate_says=thresholds.side(reading.score) if reading else "uncertain",
+        )
+        return record if text is None else replace(record, verdict=judge(text))
