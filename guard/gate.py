@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -19,6 +20,7 @@ __all__ = [
     "choose_zone",
     "conformal_lower",
     "conformal_upper",
+    "gate_position",
     "probe_score",
     "refusal_logit",
     "refusal_probability",
@@ -80,6 +82,24 @@ def choose_zone(reading: GateReading, thresholds: Thresholds, allow_lower: bool 
         about_to_refuse = reading.refusal_prob > thresholds.lower_if_refusal_above
         return Zone.LOWER if about_to_refuse else Zone.PASS
     return Zone.PASS
+
+
+def gate_position(prompt_ids: Sequence[int], suffix_ids: Sequence[int]) -> int:
+    """Return the index of the last instruction token, at which the probe reads.
+
+    That is the token before the last occurrence of the template's instruction suffix; a prompt
+    without it (a raw completion) is read at its last token.
+
+    Args:
+        prompt_ids: (n_tokens,), template included, without padding.
+        suffix_ids: what the chat template puts between the instruction and the response.
+    """
+    width = len(suffix_ids)
+    wanted = list(suffix_ids)
+    for start in range(len(prompt_ids) - width, 0, -1) if width else ():
+        if list(prompt_ids[start : start + width]) == wanted:
+            return start - 1
+    return len(prompt_ids) - 1
 
 
 def probe_score(hidden: Tensor, weight: Tensor, bias: Tensor | float) -> Tensor:

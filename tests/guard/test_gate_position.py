@@ -1,0 +1,14 @@
+from guard.gate import gate_position
+
+
+def test_probe_reads_the_token_before_the_last_instruction_suffix() -> None:
+    assert gate_position([1, 7, 8, 2, 3, 9, 2, 3], [2, 3]) == 5
+
+
+def test_a_prompt_without_suffix_is_read_at_its_last_token() -> None:
+    assert gate_position([1, 7, 8], [2, 3]) == 2
+    assert gate_position([1, 7, 8], []) == 2
+
+
+def test_a_suffix_that_opens_the_prompt_has_no_instruction_before_it() -> None:
+    assert gate_position([2, 3, 7], [2, 3]) == 2
