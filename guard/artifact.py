@@ -1,9 +1,11 @@
 """The guard file: carriers, probe and thresholds in one `.safetensors`, with a JSON manifest.
 
 Format 1: safetensors tensors (table `TENSORS`) and one metadata key, `trimtab`, that holds the
-manifest as JSON. There is no pickle anywhere, so loading a file runs no code. The file's id is the
-first 12 hex digits of its SHA-256. The file names the model's refusal direction: treat it as a
-secret. It is written with mode 0600, and whole or not at all.
+manifest as JSON. Beside the manifest's own fields stands `file_sha256`: the SHA-256 of the whole
+file with these 64 digits as zeros. So any flipped bit is found; it is no signature, and whoever can
+write the file can forge it. There is no pickle anywhere, so loading a file runs no code. The file's
+id is the first 12 hex digits of its own SHA-256. The file names the model's refusal direction:
+treat it as a secret. It is written with mode 0600, and whole or not at all.
 
 This module is the only one in `guard` that touches files, apart from `policy`.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +34,7 @@ from guard.steering import Carrier
 
 __all__ = [
     "FORMAT_VERSION",
+    "TENSORS",
     "CarrierArtifact",
     "CarrierSpec",
     "GateSpec",
@@ -44,6 +48,10 @@ __all__ = [
 
 FORMAT_VERSION = 1
 _KEY = "trimtab"
+_CHECKSUM_FIELD = "file_sha256"
+# In the header the manifest is JSON inside a JSON string, so its quotes are escaped.
+_CHECKSUM = re.compile(rb'\\"file_sha256\\": \\"([0-9a-f]{64})\\"')
+_NO_CHECKSUM = "0" * 64
 _MAX_BYTES = 256 * 2**20
 _MAX_HEADER_BYTES = 16 * 2**20
 
@@ -57,7 +65,7 @@ TENSORS = {
     "refusal.token_weights": "(n_tokens,) float32",
 }
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Frozen(BaseModel):
@@ -67,9 +75,9 @@ class _Frozen(BaseModel):
 class Interval(_Frozen):
     """A measurement with its 95 % interval and the number of prompts behind it."""
 
-    value: Finite
-    low: Finite
-    high: Finite
+    value: _Finite
+    low: _Finite
+    high: _Finite
     n: int = Field(ge=0)
 
     def __str__(self) -> str:
@@ -102,7 +110,7 @@ class CarrierSpec(_Frozen):
     position: int | None = Field(
         default=None, description="prompt position it was read at, from the end (-1 is the last)"
     )
-    norm_share: Finite = Field(description="‖direction‖ over the mean norm of the residual stream")
+    norm_share: _Finite = Field(description="‖direction‖ over the mean norm of the residual stream")
     measurements: dict[str, Interval] = Field(default_factory=dict)
 
 
@@ -110,16 +118,16 @@ class GateSpec(_Frozen):
     """The probe, its thresholds and what they promise."""
 
     layer: int = Field(ge=0)
-    bias: Finite
+    bias: _Finite
     instruction_suffix_ids: list[int] = Field(
         description="template tokens after the instruction; the probe reads the token before them"
     )
-    raise_above: Finite
-    lower_below: Finite | None
-    raise_if_refusal_below: Finite
-    lower_if_refusal_above: Finite
-    alpha: Finite
-    delta: Finite
+    raise_above: _Finite
+    lower_below: _Finite | None
+    raise_if_refusal_below: _Finite
+    lower_if_refusal_above: _Finite
+    alpha: _Finite
+    delta: _Finite
     n_by_stratum: dict[str, int]
     measurements: dict[str, Interval] = Field(default_factory=dict)
     guarantee: str = (
@@ -136,7 +144,7 @@ class Manifest(_Frozen):
     created: str = Field(description="UTC time, ISO 8601")
     model: ModelIdentity
     seed: int
-    safe_kl_nats: Finite
+    safe_kl_nats: _Finite
     datasets: dict[str, str] = Field(description="name → sha256 of the prompts as used")
     libraries: dict[str, str]
     raise_carrier: CarrierSpec
@@ -146,7 +154,7 @@ class Manifest(_Frozen):
         default_factory=list, description="the model's own refusal openings, most frequent first"
     )
     controls: dict[str, Interval] = Field(default_factory=dict)
-    geometry: dict[str, Finite] = Field(default_factory=dict)
+    geometry: dict[str, _Finite] = Field(default_factory=dict)
     sensitive: str = "This file names the model's refusal direction. Keep it like a credential."
 
 
@@ -221,10 +229,14 @@ def save_artifact(artifact: CarrierArtifact, path: Path) -> str:
     if artifact.lower_carrier is not None:
         tensors["lower.basis"] = artifact.lower_carrier.basis
         tensors["lower.target"] = artifact.lower_carrier.target
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    # safetensors refuses tensors that share memory, such as two rows of one matrix.
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     _build(artifact.manifest, tensors, path)  # what is written must load again
-    text = json.dumps(artifact.manifest.model_dump(mode="json"), sort_keys=True)
+    fields = artifact.manifest.model_dump(mode="json")
+    text = json.dumps({**fields, _CHECKSUM_FIELD: _NO_CHECKSUM}, sort_keys=True)
     data = save_tensors(tensors, metadata={_KEY: text})
+    start, end = _checksum_place(data, path)
+    data = data[:start] + _checksum(data, start, end) + data[end:]
     write_atomically(path, data, mode=0o600)
     return _file_id(data)
 
@@ -248,7 +260,11 @@ def load_artifact(path: Path) -> CarrierArtifact:
         tensors = load_tensors(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as err:
         raise _unreadable(path, f"not a trimtab safetensors file ({err!r})") from err
-    manifest = _parse_manifest(text, path)
+    fields = _parse_fields(text, path)
+    start, end = _checksum_place(data, path)
+    if _checksum(data, start, end) != data[start:end]:
+        raise _unreadable(path, "its bytes do not match its checksum, so it was damaged or edited")
+    manifest = _parse_manifest(fields, path)
     artifact = _build(manifest, tensors, path)
     return _with_id(artifact, _file_id(data))
 
@@ -295,19 +311,43 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _parse_manifest(text: object, path: Path) -> Manifest:
+def _checksum_place(data: bytes, path: Path) -> tuple[int, int]:
+    """Start and end of the 64 checksum digits in a whole file."""
+    header_bytes = int.from_bytes(data[:8], "little")
+    found = list(_CHECKSUM.finditer(data, 8, 8 + header_bytes))
+    if len(found) != 1:
+        raise _unreadable(path, f"expected one {_CHECKSUM_FIELD} in its manifest, got {len(found)}")
+    return found[0].span(1)
+
+
+def _checksum(data: bytes, start: int, end: int) -> bytes:
+    """SHA-256 of the file with the checksum's own digits as zeros, as 64 lower-case hex digits."""
+    blank = data[:start] + _NO_CHECKSUM.encode() + data[end:]
+    return hashlib.sha256(blank).hexdigest().encode()
+
+
+def _parse_fields(text: object, path: Path) -> dict[str, Any]:
+    """The manifest's fields, not yet validated, of a format version that this build reads."""
     try:
         raw: Any = json.loads(str(text))
     except (ValueError, RecursionError) as err:
         raise _unreadable(path, f"its manifest is not JSON ({err})") from err
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if not isinstance(raw, dict):
+        raise _unreadable(path, f"its manifest is a {type(raw).__name__}, expected an object")
+    version = raw.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ArtifactError(
             f"{path}: format version {version!r}, this build reads {FORMAT_VERSION};"
             " re-run `trimtab calibrate`, or use the trimtab release that wrote it"
         )
+    return raw
+
+
+def _parse_manifest(fields: dict[str, Any], path: Path) -> Manifest:
     try:
-        return Manifest.model_validate(raw)
+        return Manifest.model_validate(
+            {name: value for name, value in fields.items() if name != _CHECKSUM_FIELD}
+        )
     except ValidationError as err:
         first = err.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -36,7 +36,7 @@ def find_decoder_layers(model: nn.Module, path: str | None = None) -> nn.ModuleL
         if not isinstance(named, nn.ModuleList) or not len(named):
             raise UnsupportedModelError(f"{path!r} is a {type(named).__name__}, not a layer list")
         return named
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     n_layers = getattr(text, "num_hidden_layers", None)
     lists = {

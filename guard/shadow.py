@@ -139,23 +139,43 @@ class ShadowModel:
         unique = sorted(set(rows))
         row_of = {row: i for i, row in enumerate(unique)}
         null = step.last_hidden(layer)[unique]
-        hidden = torch.cat([null, steered.to(null.dtype)]).unsqueeze(1)
-        index = torch.tensor([*unique, *rows], device=hidden.device)
+        hidden = torch.cat([null, steered.to(null.dtype)])
+        logits = self._last_token_again(step, [*unique, *rows], layer, hidden)
+        if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
+            raise NumericsError(f"the shadow pass from layer {layer} gave NaN or infinite logits")
+        twin = torch.tensor([row_of[row] for row in rows], device=hidden.device)
+        difference = logits[len(unique) :] - logits[twin]
+        base = step.logits[torch.tensor(rows, device=hidden.device)].float()
+        # A token that cannot occur (−inf in every pass) has difference NaN: it stays impossible.
+        return torch.where(torch.isnan(difference), base, base + difference)
+
+    def replay(self, step: BaseStep, rows: Sequence[int], layer: int) -> Tensor:
+        """Return the raw logits of a pass that is entered at `layer` and steers nothing.
+
+        They differ from the base logits by rounding only, or this model has no exact shadow pass:
+        `shadow` cannot show that, since it takes the difference to such a pass.
+
+        Returns:
+            (n_rows, vocab) float32.
+
+        Raises:
+            UnsupportedModelError: a cache whose past this pass cannot read exactly.
+        """
+        return self._last_token_again(step, rows, layer, step.last_hidden(layer)[list(rows)])
+
+    def _last_token_again(
+        self, step: BaseStep, rows: Sequence[int], layer: int, hidden: Tensor
+    ) -> Tensor:
+        """(n_rows, vocab) float32 logits, with `hidden` (n_rows, d_model) entering at `layer`."""
+        index = torch.tensor(rows, device=hidden.device)
         cache = _read_only(step.cache, index, self.n_layers, layer)
-        with enter_at(self.layers, layer, hidden, self._in_tuple):
-            logits = self._forward(
+        with enter_at(self.layers, layer, hidden.unsqueeze(1), self._in_tuple):
+            return self._forward(
                 step.input_ids[index, -1:],
                 step.attention_mask[index],
                 step.position_ids[index, -1:],
                 cache,
             ).float()
-        if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
-            raise NumericsError(f"the shadow pass from layer {layer} gave NaN or infinite logits")
-        twin = torch.tensor([row_of[row] for row in rows], device=hidden.device)
-        difference = logits[len(unique) :] - logits[twin]
-        base = step.logits[index[len(unique) :]].float()
-        # A token that cannot occur (−inf in every pass) has difference NaN: it stays impossible.
-        return torch.where(torch.isnan(difference), base, base + difference)
 
     def _forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any

@@ -1,3 +1,5 @@
+"""Where the probe reads: the token before the instruction suffix."""
+
 from guard.gate import gate_position
 
 

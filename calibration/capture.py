@@ -1,0 +1,161 @@
+"""Run every prompt once, keep what the rest of the calibration needs, and survive Ctrl-C.
+
+Finished batches are files in the work folder, under a fingerprint of model, prompts and settings.
+A second run with the same fingerprint reads them; one with another starts anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from calibration.progress import Progress
+from calibration.prompts import Prompt
+from calibration.subject import Subject
+from guard.artifact import write_atomically
+from guard.errors import InputError
+from guard.gate import gate_position
+
+__all__ = ["WorkFolder", "capture_hidden", "listen"]
+
+
+class WorkFolder:
+    """Finished pieces of a calibration on disk.
+
+    Args:
+        folder: where; made if missing.
+        fingerprint: of everything that the pieces depend on.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self._folder = folder
+        marker = folder / "fingerprint"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not marker.is_file() or marker.read_text() != fingerprint:
+                for old in folder.glob("*.safetensors"):
+                    old.unlink()
+                write_atomically(marker, fingerprint.encode(), mode=0o600)
+        except OSError as err:
+            raise InputError(
+                f"{folder}: cannot keep captured activations here: {err.strerror or err};"
+                " choose another folder with --work-dir"
+            ) from err
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """A finished piece; None if it is not there or was damaged."""
+        path = self._folder / f"{name}.safetensors"
+        try:
+            return load_tensors(path.read_bytes())
+        except (OSError, SafetensorError):
+            return None
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep a piece, whole or not at all."""
+        data = save_tensors({key: t.contiguous() for key, t in tensors.items()})
+        write_atomically(self._folder / f"{name}.safetensors", data, mode=0o600)
+
+    def remove(self) -> None:
+        """Delete the folder: the guard is written."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def fingerprint(*parts: object) -> str:
+    """SHA-256 of a list of plain values."""
+    return hashlib.sha256(json.dumps([str(p) for p in parts]).encode()).hexdigest()
+
+
+def capture_hidden(
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    n_layers: int,
+    n_suffix: int,
+    batch_size: int,
+    work: WorkFolder,
+    name: str,
+    progress: Progress,
+) -> tuple[Tensor, Tensor]:
+    """Prefill prompts once and keep resid_pre of every layer at the end of the prompt.
+
+    Args:
+        subject: the model.
+        prompts: n prompts.
+        n_layers: decoder layers of the model.
+        n_suffix: how many last (post-instruction) positions to keep; 0 for none.
+        batch_size: prompts a pass.
+        work: where finished batches are kept.
+        name: of this group of prompts in the work folder.
+        progress: told of each finished prompt.
+
+    Returns:
+        (n, n_layers, d_model) at the last instruction token and
+        (n, n_layers, n_suffix, d_model) at the post-instruction tokens, in the model's type.
+    """
+    encoded = [subject.encode(p.text) for p in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    instruction: list[Tensor] = []
+    suffix: list[Tensor] = []
+    for number, start in enumerate(range(0, len(order), batch_size)):
+        rows = order[start : start + batch_size]
+        piece = work.load(f"{name}-{number:04d}")
+        if piece is None or len(piece["instruction"]) != len(rows):
+            piece = _capture_batch(subject, [encoded[i] for i in rows], n_layers, n_suffix)
+            work.save(f"{name}-{number:04d}", piece)
+        instruction.append(piece["instruction"])
+        suffix.append(piece["suffix"])
+        progress.advance(len(rows))
+    back = torch.tensor(order).argsort()
+    return torch.cat(instruction)[back], torch.cat(suffix)[back]
+
+
+def listen(
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    max_tokens: int,
+    batch_size: int,
+    work: WorkFolder,
+    name: str,
+    progress: Progress,
+) -> list[list[int]]:
+    """Return the base model's greedy responses as token ids, in the order of the prompts."""
+    encoded = [subject.encode(p.text) for p in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    responses: list[list[int]] = [[] for _ in prompts]
+    for number, start in enumerate(range(0, len(order), batch_size)):
+        rows = order[start : start + batch_size]
+        piece = work.load(f"{name}-{number:04d}")
+        if piece is None or len(piece["tokens"]) != len(rows):
+            made = subject.respond([encoded[i] for i in rows], max_tokens)
+            padded = torch.tensor([r + [-1] * (max_tokens - len(r)) for r in made])
+            piece = {"tokens": padded}
+            work.save(f"{name}-{number:04d}", piece)
+        for i, tokens in zip(rows, piece["tokens"].tolist(), strict=True):
+            responses[i] = [t for t in tokens if t >= 0]
+        progress.advance(len(rows))
+    return responses
+
+
+def _capture_batch(
+    subject: Subject, prompts: list[list[int]], n_layers: int, n_suffix: int
+) -> dict[str, Tensor]:
+    step = subject.prefill(prompts, range(n_layers))
+    from_end = torch.tensor([len(p) - gate_position(p, subject.suffix_ids) for p in prompts])
+    rows = torch.arange(len(prompts))
+    instruction, suffix = [], []
+    for layer in range(n_layers):
+        hidden = step.resid_pre[layer].cpu()
+        instruction.append(hidden[rows, hidden.shape[1] - from_end])
+        suffix.append(hidden[:, hidden.shape[1] - n_suffix :])
+    return {"instruction": torch.stack(instruction, 1), "suffix": torch.stack(suffix, 1)}

@@ -1,0 +1,82 @@
+"""Every setting of a calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["CalibrationConfig"]
+
+
+class CalibrationConfig(BaseModel):
+    """What `trimtab calibrate` was asked to do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field(description="Local folder or hub id of the deployed chat model.")
+    out: Path = Field(default=Path("guard.safetensors"), description="Where the guard is written.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type of the weights; auto is the checkpoint's own."
+    )
+    device: str = Field(default="cpu", description="A torch device, e.g. cpu or cuda:0.")
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that comes with the model."
+    )
+    layers_path: str | None = Field(
+        default=None, description="Dotted name of the decoder layers, where they are not found."
+    )
+    harmful: tuple[Path, ...] = Field(
+        default=(), description="Prompt files to use in place of the shipped harmful prompts."
+    )
+    benign: tuple[Path, ...] = Field(
+        default=(), description="Prompt files to use in place of the shipped ordinary prompts."
+    )
+    hard_benign: tuple[Path, ...] = Field(
+        default=(), description="Prompt files to use in place of the shipped hard benign prompts."
+    )
+    seed: int = Field(default=0, ge=0, description="Of splits, controls and bootstraps.")
+    safe_kl_nats: float = Field(
+        default=0.1,
+        gt=0.0,
+        le=4.0,
+        description="Mean KL on safe prompts at which all candidates are compared, in nats.",
+    )
+    alpha: float = Field(
+        default=0.05, gt=0.0, lt=1.0, description="Most benign prompts of a stratum to be raised."
+    )
+    delta: float = Field(
+        default=0.05, gt=0.0, lt=1.0, description="Most harmful prompts to be lowered."
+    )
+    raise_budget_nats: float = Field(
+        default=4.0, gt=0.0, description="Budget at which a raise carrier is confirmed."
+    )
+    lower_budget_nats: float = Field(
+        default=1.0, gt=0.0, description="Budget at which a lower carrier is confirmed."
+    )
+    n_controls: int = Field(
+        default=24, ge=20, description="Random directions that a carrier must beat."
+    )
+    batch_size: int = Field(default=32, ge=1, description="Prompts that are run together.")
+    listen_tokens: int = Field(
+        default=20, ge=4, description="Length of the responses from which refusals are learned."
+    )
+    confirm_tokens: int = Field(
+        default=32, ge=8, description="Length of the responses by which carriers are confirmed."
+    )
+    test_prompts: int = Field(
+        default=48, ge=0, description="Held-out prompts answered with and without the guard."
+    )
+    report_dir: Path | None = Field(default=None, description="Folder for the report.")
+    work_dir: Path | None = Field(
+        default=None,
+        description="Folder for captured activations, from which an interrupted run resumes;"
+        " default: beside the guard file, removed on success.",
+    )
+
+    @property
+    def work_folder(self) -> Path:
+        """Where captured activations wait until the guard is written."""
+        return self.work_dir or self.out.with_name(self.out.name + ".work")

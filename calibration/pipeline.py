@@ -1,0 +1,683 @@
+"""From a deployed chat model to a guard file.
+
+    prompts ─► listen ─► capture ─► gate ─► sweep ─► controls ─► confirm ─► test ─► guard, report
+               refusal    hidden    probe,   effect   random      generated   both ways, on
+               openings   states    τ        at equal KL          responses   held-out prompts
+
+Directions are computed on the training split, chosen on validation, thresholds come from the
+calibration split, and every reported rate from the test split.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibration.capture import WorkFolder, capture_hidden, fingerprint, listen
+from calibration.causal import (
+    Admission,
+    Bench,
+    Effect,
+    RefusalTokens,
+    Sign,
+    admit,
+    dose_response,
+    measure,
+)
+from calibration.config import CalibrationConfig
+from calibration.directions import Candidate, difference_in_means
+from calibration.evaluate import Answered, answer_pairs, compare
+from calibration.gate_fit import (
+    Labelled,
+    Probe,
+    ThresholdFit,
+    fit_probe,
+    fit_thresholds,
+    gate_measurements,
+)
+from calibration.geometry import effective_rank, participation_ratio, split_half_cosine
+from calibration.progress import Progress, Silent
+from calibration.prompts import (
+    Prompt,
+    Splits,
+    check_two_sided,
+    datasets_sha256,
+    load_prompts,
+    shipped_prompts,
+    split_prompts,
+)
+from calibration.subject import Subject
+from guard.artifact import (
+    CarrierArtifact,
+    CarrierSpec,
+    GateSpec,
+    Interval,
+    Manifest,
+    load_artifact,
+    save_artifact,
+)
+from guard.errors import NoAdmissibleCarrierError
+from guard.gate import Zone, refusal_probability
+from guard.policy import Policy
+from guard.refusal import Verdict, judge
+
+__all__ = ["CalibrationResult", "calibrate", "calibrate_subject"]
+
+_MIN_REFUSALS = 8
+_SAFE_ROWS = 32
+_TARGET_ROWS = 24
+_CONFIRMED = 2
+_CONFIRM_SCALES = (1.0, 2.0)
+_DOSES = torch.tensor([0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The carrier chosen for one direction of steering.
+
+    Attributes:
+        effect: at equal KL, on validation prompts.
+        admission: against random controls.
+        scale: factor on the direction in the guard.
+        confirmed: validation prompts answered with it, zone forced, full budget.
+        rates: of `confirmed`.
+        doses: (n_doses, 3): safe KL, target KL, target refusal probability.
+    """
+
+    effect: Effect
+    admission: Admission
+    scale: float
+    confirmed: list[Answered]
+    rates: dict[str, Interval]
+    doses: Tensor
+
+
+@dataclass
+class CalibrationResult:
+    """Everything a calibration found out; the report is drawn from it.
+
+    Attributes:
+        artifact: the guard, with its id once it is written.
+        effects: every candidate that was measured, by sign.
+        chosen: the carrier of each sign; "lower" is missing if none was admissible.
+        notes: what the user should know, one sentence each.
+        scores: (group → scores) of the test split under the gate.
+        probe: the fitted gate.
+        tested: held-out prompts answered with and without the guard, by group.
+        seconds: time by stage.
+    """
+
+    artifact: CarrierArtifact
+    effects: dict[Sign, list[Effect]]
+    chosen: dict[Sign, Choice]
+    notes: list[str]
+    scores: dict[str, Tensor]
+    probe: Probe
+    tested: dict[str, list[Answered]]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def artifact_id(self) -> str:
+        """First 12 hex digits of the guard file's SHA-256."""
+        return self.artifact.artifact_id
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        manifest = self.artifact.manifest
+        return {
+            "artifact_id": self.artifact_id,
+            "model": manifest.model.model_id,
+            "raise_carrier": manifest.raise_carrier.model_dump(mode="json"),
+            "lower_carrier": manifest.lower_carrier.model_dump(mode="json")
+            if manifest.lower_carrier
+            else None,
+            "gate": manifest.gate.model_dump(mode="json"),
+            "refusal_examples": manifest.refusal_examples,
+            "notes": self.notes,
+            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
+        }
+
+
+def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> CalibrationResult:
+    """Calibrate a guard for a model and write it.
+
+    Raises:
+        PromptSetError: a prompt file cannot be used.
+        InputError: no such model, or a folder that cannot be written.
+        UnsupportedModelError: the model cannot be guarded exactly.
+        NoAdmissibleCarrierError: nothing meets the KL constraint and beats the controls; no guard
+            is written.
+    """
+    # The import is here so that prompts are checked before gigabytes are loaded.
+    prompts = gather_prompts(config)
+    from calibration.transformers_subject import load_subject
+
+    progress = progress or Silent()
+    progress.stage("load model", None)
+    subject = load_subject(config)
+    work = WorkFolder(
+        config.work_folder,
+        fingerprint(
+            subject.identity.model_dump_json(),
+            datasets_sha256(prompts),
+            config.seed,
+            config.batch_size,
+            config.listen_tokens,
+            config.device,
+        ),
+    )
+    result = calibrate_subject(subject, prompts, config, work, progress)
+    progress.stage("write", None)
+    save_artifact(result.artifact, config.out)
+    result.artifact = load_artifact(config.out)
+    if config.report_dir is not None:
+        from calibration.report import write_report
+
+        write_report(result, config.report_dir)
+    work.remove()
+    return result
+
+
+def gather_prompts(config: CalibrationConfig) -> list[Prompt]:
+    """The user's prompt files where given, the shipped sets for the rest.
+
+    Raises:
+        PromptSetError: a file cannot be used, or one side is missing.
+    """
+    prompts = list(shipped_prompts())
+    if config.harmful:
+        prompts = [p for p in prompts if p.label != "harmful"]
+        prompts += [p for f in config.harmful for p in load_prompts(f, label="harmful")]
+    if config.benign:
+        prompts = [p for p in prompts if not (p.label == "benign" and p.stratum == "ordinary")]
+        prompts += [p for f in config.benign for p in load_prompts(f, label="benign")]
+    if config.hard_benign:
+        prompts = [p for p in prompts if not (p.label == "benign" and p.stratum == "hard")]
+        prompts += [
+            p for f in config.hard_benign for p in load_prompts(f, label="benign", stratum="hard")
+        ]
+    check_two_sided(prompts)
+    return prompts
+
+
+def calibrate_subject(
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    config: CalibrationConfig,
+    work: WorkFolder,
+    progress: Progress,
+) -> CalibrationResult:
+    """Calibrate a guard for a subject; nothing is written but the work folder.
+
+    Raises:
+        NoAdmissibleCarrierError: as `calibrate`.
+    """
+    clock = _Clock()
+    notes: list[str] = []
+    splits = split_prompts(prompts, config.seed)
+    n_layers = subject.identity.n_layers
+
+    # How does this model refuse?
+    heard = _listening_set(splits)
+    progress.stage("listen to refusals", len(heard))
+    responses = listen(
+        subject, heard, config.listen_tokens, config.batch_size, work, "listen", progress
+    )
+    tokens, openings = learn_refusals(subject, heard, responses)
+    clock.lap("listen")
+
+    # One forward pass over every prompt.
+    progress.stage("capture hidden states", len(prompts))
+    n_suffix = len(subject.suffix_ids)
+    captured: dict[str, Labelled] = {}
+    suffix = torch.empty(0)
+    for name in ("train", "validation", "calibration", "test"):
+        group = getattr(splits, name)
+        keep = n_suffix if name == "train" else 0
+        hidden, states = capture_hidden(
+            subject, group, n_layers, keep, config.batch_size, work, name, progress
+        )
+        captured[name] = Labelled(group, hidden)
+        suffix = states if name == "train" else suffix
+    clock.lap("capture")
+
+    # Who is flagged?
+    progress.stage("fit gate", None)
+    middle = range(max(1, n_layers // 4), max(2, (3 * n_layers) // 4 + 1))
+    probe = fit_probe(captured["train"], captured["validation"], middle, config.seed)
+    thresholds = fit_thresholds(probe, captured["calibration"], config.alpha, config.delta)
+    if thresholds.note:
+        notes.append(thresholds.note)
+    clock.lap("gate")
+
+    # Which directions modulate refusal, at equal KL on safe prompts?
+    train = captured["train"]
+    candidates = difference_in_means(
+        suffix[train.mask("harmful")], suffix[train.mask("benign", "ordinary")]
+    )
+    bench = make_bench(subject, splits, tokens, config)
+    progress.stage("measure candidates", 2 * len(candidates))
+    effects: dict[Sign, list[Effect]] = {
+        sign: sweep(subject, bench, candidates, sign, progress) for sign in ("raise", "lower")
+    }
+    clock.lap("sweep")
+
+    # Which of them stand apart from chance, and make the model answer otherwise?
+    progress.stage("test against controls", None)
+    draft = _Draft(subject, config, splits, tokens, openings, probe, thresholds)
+    chosen: dict[Sign, Choice] = {}
+    for sign in ("raise", "lower"):
+        choice, why = choose(draft, bench, effects[sign], sign, chosen, progress)
+        if choice is not None:
+            chosen[sign] = choice
+        elif sign == "raise":
+            raise NoAdmissibleCarrierError(f"{subject.identity.model_id}: {why}. No guard written.")
+        else:
+            notes.append(f"no lower carrier: {why}; over-refusals will not be lowered")
+    clock.lap("choose")
+
+    # What does the guard do to prompts that nothing has seen?
+    artifact = draft.artifact(chosen)
+    progress.stage("answer held-out prompts", None)
+    tested = _test(draft, artifact, splits)
+    clock.lap("test")
+    measurements = gate_measurements(probe, thresholds, captured["test"], config.seed)
+    for group, pairs in tested.items():
+        rates = compare(pairs, config.seed)
+        measurements |= {f"{group}_{name}": value for name, value in rates.items()}
+    harmful = suffix[train.mask("harmful")]
+    benign = suffix[train.mask("benign", "ordinary")]
+    artifact = _with_measurements(
+        artifact, measurements, _geometry(candidates, chosen, harmful, benign, config.seed)
+    )
+    return CalibrationResult(
+        artifact,
+        effects,
+        chosen,
+        notes,
+        _scores_by_group(probe, captured["test"]),
+        probe,
+        tested,
+        clock.seconds,
+    )
+
+
+def learn_refusals(
+    subject: Subject, prompts: Sequence[Prompt], responses: Sequence[list[int]]
+) -> tuple[RefusalTokens, list[str]]:
+    """Learn from the model's own responses which first tokens open a refusal.
+
+    The weight of a token is the share of the responses that open with it and refuse, with one
+    answered response added, so that a token seen once does not count for certain.
+
+    Returns:
+        The tokens, and the model's most frequent refusals as text.
+
+    Raises:
+        NoAdmissibleCarrierError: the model hardly ever refuses.
+    """
+    seen: Counter[int] = Counter()
+    refusing: Counter[int] = Counter()
+    texts: Counter[str] = Counter()
+    for response in responses:
+        if not response:
+            continue
+        seen[response[0]] += 1
+        text = subject.decode(response)
+        if judge(text) in (Verdict.REFUSED, Verdict.PARTIAL):
+            refusing[response[0]] += 1
+            texts[text.strip()] += 1
+    total = sum(refusing.values())
+    if total < _MIN_REFUSALS:
+        harmful = sum(p.label == "harmful" for p in prompts)
+        raise NoAdmissibleCarrierError(
+            f"{subject.identity.model_id} refused {total} of {len(prompts)} prompts"
+            f" ({harmful} of them harmful); at least {_MIN_REFUSALS} refusals are needed to find"
+            " what carries refusal in it. No guard written."
+        )
+    weights = {t: k / (seen[t] + 1) for t, k in refusing.items()}
+    kept = sorted((t for t, w in weights.items() if w >= 0.2), key=lambda t: -refusing[t])
+    kept = kept or [refusing.most_common(1)[0][0]]
+    tokens = RefusalTokens(torch.tensor(kept), torch.tensor([weights[t] for t in kept]))
+    return tokens, [text for text, _ in texts.most_common(8)]
+
+
+def make_bench(
+    subject: Subject, splits: Splits, tokens: RefusalTokens, config: CalibrationConfig
+) -> Bench:
+    """Run the validation prompts once and pick those on which candidates are compared."""
+    pool = splits.validation
+    safe = [p for s in ("ordinary", "hard") for p in _some(pool, "benign", s, _SAFE_ROWS // 2)]
+    harmful = _some(pool, "harmful", None, 3 * _TARGET_ROWS)
+    refused = _some(pool, "benign", "hard", 3 * _TARGET_ROWS)
+    asked = list(dict.fromkeys([*safe, *harmful, *refused]))
+    row = {prompt: i for i, prompt in enumerate(asked)}
+    n_layers = subject.identity.n_layers
+    step = subject.prefill([subject.encode(p.text) for p in asked], range(n_layers))
+    # Only the last token is steered; the rest of the hidden states can go.
+    step = replace(step, resid_pre={k: v[:, -1:].clone() for k, v in step.resid_pre.items()})
+    refusal = refusal_probability(step.logits.cpu(), tokens.ids, tokens.weights)
+    # The prompts on which serving would steer come first: those still to be decided.
+    answering = sorted((row[p] for p in harmful), key=lambda i: float(refusal[i]))
+    refusing = sorted((row[p] for p in refused), key=lambda i: -float(refusal[i]))
+    return Bench(
+        step,
+        [row[p] for p in safe],
+        {"raise": answering[:_TARGET_ROWS], "lower": refusing[:_TARGET_ROWS]},
+        tokens,
+        config.safe_kl_nats,
+        config.seed,
+    )
+
+
+def sweep(
+    subject: Subject,
+    bench: Bench,
+    candidates: Sequence[Candidate],
+    sign: Sign,
+    progress: Progress,
+) -> list[Effect]:
+    """Measure every candidate, layer by layer."""
+    effects: list[Effect] = []
+    for layer in sorted({c.layer for c in candidates}):
+        group = [c for c in candidates if c.layer == layer]
+        effects += measure(subject, bench, group, sign)
+        progress.advance(len(group))
+    return effects
+
+
+def choose(
+    draft: _Draft,
+    bench: Bench,
+    effects: Sequence[Effect],
+    sign: Sign,
+    chosen: dict[Sign, Choice],
+    progress: Progress,
+) -> tuple[Choice | None, str]:
+    """Take candidates by shift per nat until some are admissible; confirm those by generation.
+
+    Returns:
+        The choice, or None and the reason.
+    """
+    able = sorted((e for e in effects if e.can_spend), key=lambda e: -e.shift_per_nat)
+    if not able:
+        return None, f"no {sign} candidate can spend {bench.safe_kl_nats} nats on safe prompts"
+    admitted: list[Admission] = []
+    layers: set[int] = set()
+    why = ""
+    for effect in able[:8]:
+        if effect.candidate.layer in layers:
+            continue
+        admission = admit(draft.subject, bench, effect, draft.config.n_controls)
+        progress.note(
+            f"{sign}: layer {effect.candidate.layer}, position {effect.candidate.position}:"
+            f" shift {effect.shift} {'admissible' if admission.admissible else 'not admissible'}"
+        )
+        if not admission.admissible:
+            why = why or f"best {sign} candidate is not admissible: {admission.why_not}"
+            continue
+        admitted.append(admission)
+        layers.add(effect.candidate.layer)
+        if len(admitted) == _CONFIRMED:
+            break
+    if not admitted:
+        return None, why
+    prompts, base = draft.targets(sign)
+    best: Choice | None = None
+    for admission in admitted:
+        for factor in _CONFIRM_SCALES:
+            scale = factor * admission.effect.scale
+            trial = Choice(admission.effect, admission, scale, [], {}, torch.empty(0))
+            pairs = draft.confirm({**chosen, sign: trial}, sign, prompts, base)
+            rates = compare(pairs, bench.seed)
+            progress.note(
+                f"{sign}: layer {admission.effect.candidate.layer} × {scale:g}: refused"
+                f" {rates['refused_base'].value:.2f} → {rates['refused_guarded'].value:.2f},"
+                f" {rates['kl_nats'].value:.2f} nats"
+            )
+            added = rates["incoherent_guarded"].value - rates["incoherent_base"].value
+            if added * len(pairs) > 1.0 or not _gain(rates, sign) > 0:
+                why = why or f"no {sign} candidate changes responses and keeps them coherent"
+                continue
+            trial = replace(trial, confirmed=pairs, rates=rates)
+            if best is None or _gain(rates, sign) > _gain(best.rates, sign):
+                best = trial
+    if best is None:
+        return None, why
+    candidate = best.effect.candidate
+    curve = dose_response(draft.subject, bench, candidate, sign, best.scale, _DOSES)
+    return replace(best, doses=torch.stack([_DOSES, *curve], 1)), ""
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What a guard is put together from."""
+
+    subject: Subject
+    config: CalibrationConfig
+    splits: Splits
+    tokens: RefusalTokens
+    openings: list[str]
+    probe: Probe
+    thresholds: ThresholdFit
+
+    @property
+    def policy(self) -> Policy:
+        """Default policy at the budgets of the config."""
+        config = self.config
+        return Policy(
+            raise_budget_nats=config.raise_budget_nats,
+            lower_budget_nats=config.lower_budget_nats,
+            token_cap_nats=max(config.raise_budget_nats, config.lower_budget_nats),
+        )
+
+    def targets(self, sign: Sign) -> tuple[list[str], list[str]]:
+        """Validation prompts that serving would steer, and the base model's responses."""
+        label, stratum = ("harmful", None) if sign == "raise" else ("benign", "hard")
+        pool = [p.text for p in _some(self.splits.validation, label, stratum, 3 * _TARGET_ROWS)]
+        tokens = self.config.confirm_tokens
+        encoded = [self.subject.encode(text) for text in pool]
+        size = self.config.batch_size
+        responses = [
+            self.subject.decode(r)
+            for start in range(0, len(encoded), size)
+            for r in self.subject.respond(encoded[start : start + size], tokens)
+        ]
+        wanted = (Verdict.COMPLIED,) if sign == "raise" else (Verdict.REFUSED, Verdict.PARTIAL)
+        fit = [i for i, text in enumerate(responses) if judge(text) in wanted]
+        # At least half are prompts to be moved; the others show what steering does to the rest.
+        rest = [i for i in range(len(pool)) if i not in set(fit)]
+        taken = [*fit[:_TARGET_ROWS], *rest[: max(0, _TARGET_ROWS - len(fit))]]
+        return [pool[i] for i in taken], [responses[i] for i in taken]
+
+    def confirm(
+        self, chosen: dict[Sign, Choice], sign: Sign, prompts: list[str], base: list[str]
+    ) -> list[Answered]:
+        """Answer prompts with the zone forced and the whole budget."""
+        artifact = self.artifact(chosen, certify=True)
+        zone = Zone.RAISE if sign == "raise" else Zone.LOWER
+        return answer_pairs(
+            self.subject,
+            artifact,
+            self.policy,
+            prompts,
+            self.config.confirm_tokens,
+            self.config.batch_size,
+            zone,
+            base,
+        )
+
+    def artifact(self, chosen: dict[Sign, Choice], certify: bool = False) -> CarrierArtifact:
+        """Put a guard together; `certify` opens the lower zone for a confirmation run."""
+        config, fit = self.config, self.thresholds
+        lower_below = fit.lower_below
+        if certify and lower_below is None:
+            lower_below = fit.raise_above
+        gate = GateSpec(
+            layer=self.probe.layer,
+            bias=self.probe.bias,
+            instruction_suffix_ids=self.subject.suffix_ids,
+            raise_above=fit.raise_above,
+            lower_below=lower_below,
+            raise_if_refusal_below=0.9,
+            lower_if_refusal_above=0.1,
+            alpha=config.alpha,
+            delta=config.delta,
+            n_by_stratum=fit.n_by_stratum,
+        )
+        raising, lowering = chosen["raise"], chosen.get("lower")
+        manifest = Manifest(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            model=self.subject.identity,
+            seed=config.seed,
+            safe_kl_nats=config.safe_kl_nats,
+            datasets={
+                name: datasets_sha256(getattr(self.splits, name))
+                for name in ("train", "validation", "calibration", "test")
+            },
+            libraries={name: version(name) for name in ("torch", "transformers", "scikit-learn")},
+            raise_carrier=_spec(raising),
+            lower_carrier=_spec(lowering) if lowering else None,
+            gate=gate,
+            refusal_examples=self.openings,
+            controls=_controls(chosen),
+        )
+        return CarrierArtifact(
+            manifest,
+            raising.effect.candidate.carrier(raising.scale),
+            lowering.effect.candidate.carrier(-lowering.scale) if lowering else None,
+            self.probe.weight,
+            self.tokens.ids,
+            self.tokens.weights,
+        )
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def _spec(choice: Choice) -> CarrierSpec:
+    effect = choice.effect
+    candidate = effect.candidate
+    return CarrierSpec(
+        layer=candidate.layer,
+        kind="add",
+        family=candidate.family,
+        position=candidate.position,
+        norm_share=candidate.norm_share * choice.scale,
+        measurements={
+            "safe_kl_nats": effect.safe_kl,
+            "refusal_logit_shift": effect.shift,
+            **{f"validation_{name}": value for name, value in choice.rates.items()},
+        },
+    )
+
+
+def _controls(chosen: dict[Sign, Choice]) -> dict[str, Interval]:
+    """The best random control of each kind: what the carrier had to beat."""
+    found: dict[str, Interval] = {}
+    for sign, choice in chosen.items():
+        admission = choice.admission
+        if admission.at_kl:
+            found[f"{sign}_best_at_equal_kl"] = max(
+                (c.shift for c in admission.at_kl), key=lambda shift: shift.value
+            )
+            found[f"{sign}_best_at_equal_norm"] = max(
+                (c.full_shift for c in admission.at_norm), key=lambda shift: shift.value
+            )
+    return found
+
+
+def _gain(rates: dict[str, Interval], sign: Sign) -> float:
+    difference = rates["refused_difference"].value
+    return difference if sign == "raise" else -difference
+
+
+def _some(pool: Sequence[Prompt], label: str, stratum: str | None, most: int) -> list[Prompt]:
+    return [p for p in pool if p.label == label and stratum in (None, p.stratum)][:most]
+
+
+def _listening_set(splits: Splits) -> list[Prompt]:
+    """Training prompts from which the model's way of refusing is learned."""
+    train = splits.train
+    return [
+        *_some(train, "harmful", None, 96),
+        *_some(train, "benign", "hard", 64),
+        *_some(train, "benign", "ordinary", 32),
+    ]
+
+
+def _test(draft: _Draft, artifact: CarrierArtifact, splits: Splits) -> dict[str, list[Answered]]:
+    groups = {
+        "harmful": ("harmful", None),
+        "hard_benign": ("benign", "hard"),
+        "ordinary_benign": ("benign", "ordinary"),
+    }
+    most = draft.config.test_prompts // len(groups)
+    prompts = {name: _some(splits.test, *which, most) for name, which in groups.items()}
+    pairs = answer_pairs(
+        draft.subject,
+        artifact,
+        draft.policy,
+        [p.text for group in prompts.values() for p in group],
+        draft.config.confirm_tokens,
+        draft.config.batch_size,
+    )
+    tested: dict[str, list[Answered]] = {}
+    for name, group in prompts.items():
+        tested[name], pairs = pairs[: len(group)], pairs[len(group) :]
+    return {name: group for name, group in tested.items() if group}
+
+
+def _scores_by_group(probe: Probe, test: Labelled) -> dict[str, Tensor]:
+    scores = probe.scores(test)
+    return {
+        "harmful": scores[test.mask("harmful")],
+        "hard benign": scores[test.mask("benign", "hard")],
+        "ordinary benign": scores[test.mask("benign", "ordinary")],
+    }
+
+
+def _geometry(
+    candidates: Sequence[Candidate],
+    chosen: dict[Sign, Choice],
+    harmful: Tensor,
+    benign: Tensor,
+    seed: int,
+) -> dict[str, float]:
+    rows = torch.stack([c.direction / c.direction.norm() for c in candidates])
+    found = {
+        "effective_rank": effective_rank(rows),
+        "participation_ratio": participation_ratio(rows),
+    }
+    for sign, choice in chosen.items():
+        place = choice.effect.candidate
+        found[f"{sign}_split_half_cosine"] = split_half_cosine(
+            harmful[:, place.layer, place.position], benign[:, place.layer, place.position], seed
+        )
+    return found
+
+
+def _with_measurements(
+    artifact: CarrierArtifact, gate: dict[str, Interval], geometry: dict[str, float]
+) -> CarrierArtifact:
+    manifest = artifact.manifest
+    fields = {"gate": manifest.gate.model_copy(update={"measurements": gate}), "geometry": geometry}
+    return replace(artifact, manifest=manifest.model_copy(update=fields))

@@ -1,0 +1,50 @@
+"""What a calibration needs of a model, whether it runs in this process or elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from guard.artifact import ModelIdentity
+from guard.session import GuardSession
+from guard.shadow import BaseStep
+
+__all__ = ["Subject"]
+
+
+class Subject(Protocol):
+    """A chat model under calibration."""
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """What the guard will be bound to."""
+
+    @property
+    def suffix_ids(self) -> list[int]:
+        """Template tokens between the instruction and the response (post-instruction tokens)."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a single-turn chat with this user message, template included.
+
+        Raises:
+            PromptSetError: the prompt does not fit the model's context.
+        """
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a response."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> BaseStep:
+        """Run prompts once, left-padded; `capture` names the layers whose resid_pre is kept."""
+
+    def shadow(self, step: BaseStep, rows: Sequence[int], layer: int, steered: Tensor) -> Tensor:
+        """Steered logits of some rows of a step, (len(rows), vocab) float32."""
+
+    def respond(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        sessions: Sequence[GuardSession | None] | None = None,
+    ) -> list[list[int]]:
+        """Greedy responses; sessions that are open steer theirs."""

@@ -1,0 +1,225 @@
+"""A transformers model in this process as the subject of a calibration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from calibration.config import CalibrationConfig
+from guard.artifact import ModelIdentity
+from guard.errors import InputError, PromptSetError, UnsupportedModelError
+from guard.identity import model_identity
+from guard.session import GuardSession
+from guard.shadow import BaseStep, ShadowModel
+from guard.step import guarded_logits, layers_wanted
+
+__all__ = ["TransformersSubject", "instruction_suffix", "load_subject"]
+
+
+def load_subject(config: CalibrationConfig) -> TransformersSubject:
+    """Load model and tokenizer as the config says.
+
+    Raises:
+        InputError: no such model, revision or device.
+        UnsupportedModelError: no chat template, or layers that cannot be found.
+    """
+    options: dict[str, Any] = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model, **options)
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, **options)
+        model = model.to(config.device).eval()
+    except (OSError, ValueError, RuntimeError) as err:
+        raise InputError(
+            f"{config.model}: cannot load the model: {err}; give a local folder or a hub id"
+            " as transformers understands it"
+        ) from err
+    return TransformersSubject(model, tokenizer, config.model, config.revision, config.layers_path)
+
+
+class TransformersSubject:
+    """Implements `Subject` with the same base and shadow passes that serving uses.
+
+    Args:
+        model: causal language model in eval mode.
+        tokenizer: its tokenizer, with a chat template.
+        model_id: how the user named the model.
+        revision: of the hub, if any.
+        layers_path: dotted name of the decoder layers, where they are not found.
+
+    Raises:
+        UnsupportedModelError: no chat template.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        model_id: str,
+        revision: str | None = None,
+        layers_path: str | None = None,
+    ) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UnsupportedModelError(
+                f"{model_id}: the tokenizer has no chat template, so there is no place at which a"
+                " response begins; calibrate the chat (instruct) variant, or set"
+                " tokenizer.chat_template and save it with the model"
+            )
+        self._tokenizer = tokenizer
+        self._runner = ShadowModel(model, layers_path)
+        self._config = model.config.get_text_config()
+        self._identity = model_identity(model, tokenizer, model_id, revision)
+        self._suffix_ids = instruction_suffix(self._template)
+        eos = model.generation_config.eos_token_id
+        self._eos = set(eos) if isinstance(eos, list) else {eos}
+        self._prefix, self._prefix_cache = self._shared_prefix()
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """What the guard will be bound to."""
+        return self._identity
+
+    @property
+    def suffix_ids(self) -> list[int]:
+        """Template tokens between the instruction and the response."""
+        return self._suffix_ids
+
+    @property
+    def runner(self) -> ShadowModel:
+        """The model with its base and shadow passes."""
+        return self._runner
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a single-turn chat, template included.
+
+        Raises:
+            PromptSetError: the prompt does not fit the model's context.
+        """
+        ids = self._template(text)
+        limit = getattr(self._config, "max_position_embeddings", None)
+        if limit is not None and len(ids) + 64 > limit:
+            raise PromptSetError(
+                f"prompt {text[:40]!r}…: {len(ids)} tokens do not fit the model's {limit}"
+            )
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a response, without special tokens."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def prefill(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> BaseStep:
+        """Run prompts once, left-padded, over the cached template prefix that they share.
+
+        Args:
+            prompts: n_rows lists of token ids.
+            capture: layers whose resid_pre is kept.
+
+        Returns:
+            A step whose `input_ids` are what follows the shared prefix.
+        """
+        prefix = self._prefix
+        shared = all(list(p[: len(prefix)]) == prefix and len(p) > len(prefix) for p in prompts)
+        skip = len(prefix) if shared else 0
+        tails = [list(p[skip:]) for p in prompts]
+        width = max(map(len, tails))
+        device = self._runner.device
+        ids = torch.tensor([[0] * (width - len(t)) + t for t in tails], device=device)
+        mask = torch.tensor(
+            [[1] * skip + [0] * (width - len(t)) + [1] * len(t) for t in tails], device=device
+        )
+        if shared and skip:
+            cache = copy.deepcopy(self._prefix_cache)
+            cache.batch_repeat_interleave(len(prompts))
+        else:
+            cache = DynamicCache(config=self._config)
+        return self._runner.base(ids, mask, cache, capture)
+
+    def shadow(self, step: BaseStep, rows: Sequence[int], layer: int, steered: Tensor) -> Tensor:
+        """Steered logits of some rows of a step, (len(rows), vocab) float32."""
+        return self._runner.shadow(step, rows, layer, steered)
+
+    def respond(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        sessions: Sequence[GuardSession | None] | None = None,
+    ) -> list[list[int]]:
+        """Greedy responses, the end-of-turn token left out; open sessions steer theirs."""
+        guards: list[GuardSession | None] = list(sessions or [None] * len(prompts))
+        responses: list[list[int]] = [[] for _ in prompts]
+        running = [True] * len(prompts)
+        step = self.prefill(prompts, layers_wanted(guards, 0))
+        mask = step.attention_mask
+        for position in range(max_tokens):
+            active = [g if on else None for g, on in zip(guards, running, strict=True)]
+            logits = guarded_logits(self._runner, step, active, position, [0.0] * len(prompts))
+            chosen = logits.argmax(-1)
+            for row, token in enumerate(chosen.tolist()):
+                running[row] = running[row] and token not in self._eos
+                if running[row]:
+                    responses[row].append(token)
+            if not any(running) or position + 1 == max_tokens:
+                break
+            active = [g if on else None for g, on in zip(guards, running, strict=True)]
+            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+            step = self._runner.base(
+                chosen.unsqueeze(1), mask, step.cache, layers_wanted(active, position + 1)
+            )
+        return responses
+
+    def _template(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        return list(ids)
+
+    def _shared_prefix(self) -> tuple[list[int], Any]:
+        """What the template puts before every instruction, and its KV cache."""
+        samples = [self._template(text) for text in ("A", "7", "…")]
+        prefix: list[int] = []
+        for tokens in zip(*samples, strict=False):
+            if len(set(tokens)) > 1:
+                break
+            prefix.append(tokens[0])
+        cache = DynamicCache(config=self._config)
+        if prefix:
+            ids = torch.tensor([prefix], device=self._runner.device)
+            self._runner.base(ids, torch.ones_like(ids), cache)
+            for layer in cache.layers:
+                # Recording is per cache; the copies made of this one record for themselves.
+                layer.__dict__.pop("update", None)
+                layer.__dict__.pop("last_returned", None)
+        return prefix, cache
+
+
+def instruction_suffix(template: Any) -> list[int]:
+    """Return the token ids that follow every instruction in a chat template.
+
+    Args:
+        template: callable from a user message to token ids, generation prompt included.
+
+    Raises:
+        UnsupportedModelError: nothing follows the instruction.
+    """
+    samples = [template(text) for text in ("A", "7", "…")]
+    suffix: list[int] = []
+    for tokens in zip(*(reversed(s) for s in samples), strict=False):
+        if len(set(tokens)) > 1:
+            break
+        suffix.insert(0, tokens[0])
+    if not suffix:
+        raise UnsupportedModelError(
+            "the chat template puts nothing after the instruction, so there is no post-instruction"
+            " token to read a refusal direction at"
+        )
+    return suffix

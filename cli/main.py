@@ -1,0 +1,450 @@
+"""The command `trimtab`: calibrate a guard, serve a model with it, look at both.
+
+Heavy libraries are imported inside the commands, so that `--help` answers at once. Errors that
+trimtab raises on purpose become one line on stderr in `main`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="trimtab",
+    help="A runtime safety guard for LLM endpoints: steers refusals inside an exact KL budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="Chat models that trimtab fetches by name.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+
+class Dtype(StrEnum):
+    """Types that a model's weights can be loaded as."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+_MODEL = "Local folder, hub id, or a name that `trimtab models list` shows."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
+GuardOption = Annotated[
+    Path | None,
+    typer.Option("--guard", metavar="FILE", help="Guard file that `trimtab calibrate` wrote."),
+]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit on the model hub.")
+]
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", help="Type of the weights; auto is the checkpoint's own.")
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="A torch device, e.g. cpu or cuda:0; auto prefers CUDA.")
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+_PROMPTS = "JSONL, CSV or text, in place of the shipped {} prompts; may be repeated."
+HarmfulOption = Annotated[
+    list[Path] | None,
+    typer.Option("--harmful", metavar="FILE", exists=True, help=_PROMPTS.format("harmful")),
+]
+BenignOption = Annotated[
+    list[Path] | None,
+    typer.Option("--benign", metavar="FILE", exists=True, help=_PROMPTS.format("ordinary benign")),
+]
+HardBenignOption = Annotated[
+    list[Path] | None,
+    typer.Option("--hard-benign", metavar="FILE", exists=True, help=_PROMPTS.format("hard benign")),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import PackageNotFoundError
+        from importlib.metadata import version as installed
+
+        try:
+            typer.echo(f"trimtab {installed('trimtab')}")
+        except PackageNotFoundError:
+            typer.echo("trimtab (a checkout that is not installed)")
+        raise typer.Exit
+
+
+@app.command()
+def calibrate(
+    model: ModelArgument,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="Where the guard is written.")
+    ] = Path("guard.safetensors"),
+    harmful: HarmfulOption = None,
+    benign: BenignOption = None,
+    hard_benign: HardBenignOption = None,
+    seed: Annotated[int, typer.Option(help="Of splits, controls and bootstraps.")] = 0,
+    safe_kl_nats: Annotated[
+        float, typer.Option(help="Mean KL on safe prompts at which candidates are compared.")
+    ] = 0.1,
+    alpha: Annotated[
+        float, typer.Option(help="Most benign prompts of a stratum that may be raised.")
+    ] = 0.05,
+    delta: Annotated[float, typer.Option(help="Most harmful prompts that may be lowered.")] = 0.05,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="DIR", help="Write a report there.")
+    ] = None,
+    as_json: JsonOption = False,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keeps captured activations, from which an interrupted run goes on.",
+            show_default="beside the guard",
+        ),
+    ] = None,
+) -> None:
+    """Pull the refusal carriers out of a model and write its guard.
+
+    Exit code 0: written; 2: bad input; 3: the model has no admissible carrier, nothing is written.
+    """
+    from cli.models import resolve_model
+    from cli.output import RichProgress, note, print_json, print_tables
+    from guard.errors import InputError
+
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: the folder {out.absolute().parent} does not exist; make it")
+    folder = resolve_model(model)
+
+    from pydantic import ValidationError
+
+    from calibration.config import CalibrationConfig
+    from calibration.pipeline import calibrate as run
+    from cli.inspection import tables
+
+    try:
+        config = CalibrationConfig(
+            model=folder,
+            out=out,
+            revision=revision,
+            dtype=dtype.value,
+            device=_torch_device(device),
+            trust_remote_code=trust_remote_code,
+            harmful=tuple(harmful or ()),
+            benign=tuple(benign or ()),
+            hard_benign=tuple(hard_benign or ()),
+            seed=seed,
+            safe_kl_nats=safe_kl_nats,
+            alpha=alpha,
+            delta=delta,
+            report_dir=report,
+            work_dir=work_dir,
+        )
+    except ValidationError as err:
+        faults = (
+            f"--{'-'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']} (got {e['input']!r})"
+            for e in err.errors()
+        )
+        raise InputError("; ".join(faults)) from err
+    _hush(folder)
+    with RichProgress() as progress:
+        result = run(config, progress)
+    if as_json:
+        print_json({**result.summary(), "out": str(out)})
+        return
+    print_tables(*tables(result.artifact))
+    for line in result.notes:
+        note(f"note: {line}")
+    note(f"guard {result.artifact_id} written to {out}")
+
+
+@app.command()
+def serve(
+    model: ModelArgument,
+    guard: GuardOption = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option("--policy", metavar="FILE", help="Policy in YAML; the defaults without it."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TRIMTAB_API_KEY", help="Key that clients must send; none lets everyone in."
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name that requests use.", show_default="MODEL")
+    ] = None,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests that are decoded together.")] = 8,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Requests that may wait; above it the answer is 429.")
+    ] = 64,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Prompt and response together, in tokens.", show_default="the model's own"
+        ),
+    ] = None,
+) -> None:
+    """Serve a model behind its guard, with OpenAI's API and Prometheus metrics."""
+    from cli.models import resolve_model
+    from cli.output import note
+    from guard.errors import InputError
+    from guard.policy import load_policy
+
+    rules = load_policy(policy)
+    if guard is None and rules.mode != "off":
+        raise InputError(
+            f"--guard FILE is needed in mode {rules.mode}; make one with `trimtab calibrate"
+            f" {model}`, or serve without a guard by `mode: off` in the policy file"
+        )
+    folder = resolve_model(model)
+
+    from serve.server import bind_socket, run_server
+
+    with bind_socket(host, port) as listener:  # before a model is loaded for it in vain
+        from prometheus_client import REGISTRY
+
+        from serve.guarded_batch import Observers
+        from serve.metrics import GuardMetrics
+        from serve.transformers_engine import load_engine
+
+        note(f"loading {model}")
+        _hush(folder)
+        engine = load_engine(
+            folder,
+            guard,
+            rules,
+            revision=revision,
+            dtype=dtype.value,
+            device=_torch_device(device),
+            trust_remote_code=trust_remote_code,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            max_model_len=max_model_len,
+            served_model_name=served_model_name,
+        )
+        info = engine.info
+        metrics = GuardMetrics(
+            REGISTRY,
+            model=info.model_name,
+            mode=info.mode,
+            artifact_id=info.artifact_id,
+            format_version=info.format_version,
+        )
+        engine.observers = Observers(metrics.observe, metrics.observe_gate, metrics.count_unguarded)
+
+        def ready(url: str) -> None:
+            by = "no guard" if info.artifact_id is None else f"guard {info.artifact_id}"
+            note(f"serving {info.model_name} at {url} ({by}, mode {info.mode})")
+
+        run_server(engine, metrics, api_key=api_key, sock=listener, on_ready=ready)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Guard file.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a guard file holds: carriers, thresholds, measurements, controls."""
+    from cli.inspection import describe, mode_warning, tables
+    from cli.output import note, print_json, print_tables
+    from guard.artifact import load_artifact
+
+    artifact = load_artifact(file)
+    if as_json:
+        print_json(describe(artifact, file))
+        return
+    print_tables(*tables(artifact))
+    if warning := mode_warning(file):
+        note(f"warning: {warning}")
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)
+    ] = None,
+    guard: GuardOption = None,
+    as_json: JsonOption = False,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Check this environment; with MODEL and --guard, that the guard works on this very setup.
+
+    Exit code 1 if anything fails.
+    """
+    from cli.doctor import check_environment, check_guard
+    from cli.models import resolve_model
+    from cli.output import note, print_json, print_tables, table
+    from guard.errors import InputError
+
+    if (model is None) != (guard is None):
+        raise InputError("give MODEL and --guard FILE together, or neither")
+    checks = check_environment()
+    if model is not None and guard is not None:
+        note(f"loading {model}")
+        folder = resolve_model(model)
+        _hush(folder)
+        checks += check_guard(
+            folder,
+            guard,
+            revision=revision,
+            dtype=dtype.value,
+            device=_torch_device(device),
+            trust_remote_code=trust_remote_code,
+        )
+    healthy = all(check.ok for check in checks)
+    if as_json:
+        print_json({"ok": healthy, "checks": [check.as_dict() for check in checks]})
+    else:
+        rows = [(c.name, "ok" if c.ok else "FAILED", c.detail, c.fix or "") for c in checks]
+        print_tables(table("Doctor", ("check", "", "found", "fix"), rows))
+    if not healthy:
+        raise typer.Exit(1)
+
+
+@models_app.command("fetch")
+def models_fetch(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="See `trimtab models list`.", show_default=False)
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Download a model, check it against its pinned SHA-256, and keep it as a model folder.
+
+    Prints the folder. What is finished stays: after an interruption, run it again.
+    """
+    from cli.models import EMBEDDED, fetch
+    from cli.output import RichProgress, print_json
+    from guard.errors import InputError
+
+    model = EMBEDDED.get(name)
+    if model is None:
+        raise InputError(
+            f"{name}: not a model that trimtab fetches; it knows {', '.join(EMBEDDED)}."
+            " Other models need no fetching: give their folder or hub id to the other commands"
+        )
+    with RichProgress() as progress:
+        folder = fetch(model, progress)
+    if as_json:
+        print_json({"name": name, "folder": str(folder), "source_sha256": model.sha256})
+    else:
+        typer.echo(folder)
+
+
+@models_app.command("list")
+def models_list(as_json: JsonOption = False) -> None:
+    """List the models that can be fetched by name, and which of them are here."""
+    from cli.models import EMBEDDED, model_state
+    from cli.output import print_json, print_tables, table
+
+    states = {name: model_state(model) for name, model in EMBEDDED.items()}
+    if as_json:
+        listed = [
+            {
+                "name": name,
+                "status": states[name].status,
+                "folder": str(states[name].folder),
+                "hub_repo": model.hub_repo,
+                "license": model.license,
+                "download_bytes": model.n_bytes,
+                "source_sha256": model.sha256,
+            }
+            for name, model in EMBEDDED.items()
+        ]
+        print_json({"models": listed})
+        return
+    rows = [
+        (
+            name,
+            states[name].status,
+            f"{m.n_bytes / 1e6:.0f} MB",
+            m.license,
+            str(states[name].folder),
+        )
+        for name, m in EMBEDDED.items()
+    ]
+    print_tables(table("Models", ("name", "status", "download", "licence", "folder"), rows))
+
+
+def _hush(folder: str) -> None:
+    """Keep transformers' bars off stderr; not while it downloads, which can take long."""
+    if Path(folder).is_dir():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def _torch_device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0: done; 1: an error of the program or its surroundings; 2: bad input; 3: no admissible carrier;
+    130: interrupted.
+    """
+    try:
+        from guard.errors import GuardError
+        from guard.ownership import check_ownership
+    except ImportError as err:  # another `guard` hides ours: there is nothing to ask
+        found = getattr(sys.modules.get("guard"), "__file__", None) or "nowhere"
+        sys.stderr.write(
+            f"error: package `guard` comes from {found}, expected"
+            f" {Path(__file__).resolve().parent.parent / 'guard'} ({err}); uninstall what brought"
+            " the other one, take its folder off PYTHONPATH, or use a clean virtual environment\n"
+        )
+        return 1
+    try:
+        check_ownership()
+        app(args=list(argv) if argv is not None else None, prog_name="trimtab")
+    except GuardError as err:
+        sys.stderr.write(f"error: {err}\n")
+        return err.exit_code
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as end:
+        if end.code == 130:
+            return _interrupted()
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    return 0
+
+
+def _interrupted() -> int:
+    sys.stderr.write(
+        "interrupted: finished work is kept; run the same command again to go on from there\n"
+    )
+    return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""A session keeps its budget on every path and says afterwards what it did."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guard.artifact import CarrierArtifact, CarrierSpec, GateSpec, Manifest, ModelIdentity
+from guard.errors import BudgetError
+from guard.gate import GateReading, Zone
+from guard.kl import mix_within_budget
+from guard.policy import Policy
+from guard.refusal import Verdict
+from guard.session import GuardSession, Record, shadow_due
+from guard.steering import Carrier
+
+RAISE = GateReading(score=2.0, refusal_prob=0.2)
+LOWER = GateReading(score=-2.0, refusal_prob=0.8)
+PASS = GateReading(score=0.0, refusal_prob=0.5)
+REFUSAL = "I'm sorry, but I can't help with that."
+ANSWER = "Sure, here is how it works."
+
+
+def make_guard(lower: bool = True) -> CarrierArtifact:
+    """A guard that raises above 1 and, if `lower`, lowers below -1."""
+    carrier = CarrierSpec(layer=1, kind="add", family="difference_in_means", norm_share=0.5)
+    manifest = Manifest(
+        created="2026-01-01T00:00:00Z",
+        model=ModelIdentity(
+            model_id="example/model",
+            architecture="LlamaForCausalLM",
+            n_layers=2,
+            d_model=4,
+            vocab_size=8,
+            dtype="float32",
+            config_sha256="a" * 64,
+            tokenizer_sha256="b" * 64,
+            chat_template_sha256="c" * 64,
+            weights_sha256="d" * 64,
+        ),
+        seed=0,
+        safe_kl_nats=0.1,
+        datasets={},
+        libraries={},
+        raise_carrier=carrier,
+        lower_carrier=carrier if lower else None,
+        gate=GateSpec(
+            layer=1,
+            bias=0.0,
+            instruction_suffix_ids=[1],
+            raise_above=1.0,
+            lower_below=-1.0 if lower else None,
+            raise_if_refusal_below=0.9,
+            lower_if_refusal_above=0.1,
+            alpha=0.05,
+            delta=0.05,
+            n_by_stratum={},
+        ),
+    )
+    direction = torch.ones(4)
+    return CarrierArtifact(
+        manifest,
+        raise_carrier=Carrier.additive(1, direction),
+        lower_carrier=Carrier.additive(1, -direction) if lower else None,
+        probe_weight=torch.ones(4),
+        refusal_token_ids=torch.tensor([3]),
+        refusal_token_weights=torch.ones(1),
+    )
+
+
+GUARD = make_guard()
+
+
+def opened(reading: GateReading, policy: Policy | None = None) -> GuardSession:
+    session = GuardSession(GUARD, policy or Policy())
+    session.open(reading)
+    return session
+
+
+# The zone decides the carrier and the budget
+
+
+def test_a_session_does_nothing_before_its_gate_is_read() -> None:
+    session = GuardSession(GUARD, Policy())
+    assert session.zone is None
+    assert session.carrier is None
+    assert session.ledger.budget_nats == 0
+    assert not session.wants_shadow(0)
+    record = session.record(REFUSAL)
+    assert (record.zone, record.gate_score, record.refusal_prob) == (None, None, None)
+    assert record.gate_says == "uncertain"
+    assert not record.suspected_over_refusal
+
+
+@pytest.mark.parametrize(
+    ("reading", "zone", "carrier", "budget_nats"),
+    [
+        (RAISE, Zone.RAISE, GUARD.raise_carrier, 3.0),
+        (LOWER, Zone.LOWER, GUARD.lower_carrier, 0.5),
+        (PASS, Zone.PASS, None, 0.0),
+        (replace(RAISE, refusal_prob=0.95), Zone.PASS, None, 0.0),
+        (replace(LOWER, refusal_prob=0.05), Zone.PASS, None, 0.0),
+    ],
+    ids=["raise", "lower", "uncertain", "refuses by itself", "answers by itself"],
+)
+def test_the_zone_gives_carrier_and_budget(
+    reading: GateReading, zone: Zone, carrier: Carrier | None, budget_nats: float
+) -> None:
+    session = GuardSession(GUARD, Policy(raise_budget_nats=3.0, lower_budget_nats=0.5))
+    assert session.open(reading) is zone
+    assert session.zone is zone
+    assert session.carrier is carrier
+    assert session.ledger.budget_nats == budget_nats
+    assert session.wants_shadow(0) is (zone is not Zone.PASS)
+
+
+def test_nothing_is_lowered_where_the_policy_or_the_guard_does_not_allow_it() -> None:
+    assert opened(LOWER, Policy(lower="off")).zone is Zone.PASS
+    session = GuardSession(make_guard(lower=False), Policy())
+    assert session.open(LOWER) is Zone.PASS
+    assert session.record().gate_says == "benign"
+
+
+def test_the_guard_without_a_lower_carrier_never_lowers_whatever_its_threshold_says() -> None:
+    session = GuardSession(replace(GUARD, lower_carrier=None), Policy())
+    assert session.open(LOWER) is Zone.PASS
+
+
+# When a shadow pass is due
+
+
+@pytest.mark.parametrize("zone", [Zone.RAISE, Zone.LOWER])
+def test_a_shadow_pass_is_due_for_the_first_k_tokens_of_a_flagged_request(zone: Zone) -> None:
+    assert [shadow_due(zone, position, 3) for position in range(5)] == [True] * 3 + [False] * 2
+    assert not any(shadow_due(Zone.PASS, position, 3) for position in range(5))
+
+
+def test_a_session_wants_no_shadow_after_k_tokens_or_with_nothing_left_to_spend() -> None:
+    session = opened(RAISE, Policy(raise_budget_nats=1.0, shadow_tokens=2))
+    assert [session.wants_shadow(position) for position in range(3)] == [True, True, False]
+    session.charge(1.0, flipped=True)
+    assert not session.wants_shadow(1)
+    assert not opened(RAISE, Policy(raise_budget_nats=0.0)).wants_shadow(0)
+    assert not opened(RAISE, Policy(token_cap_nats=0.0)).wants_shadow(0)
+
+
+# What may be charged
+
+
+@pytest.mark.parametrize("kl_nats", [1.0 + 1e-9, 4.0, -1e-9, math.nan, math.inf, -math.inf])
+def test_a_charge_beyond_the_allowance_is_a_budget_error_and_books_nothing(kl_nats: float) -> None:
+    session = opened(RAISE, Policy(raise_budget_nats=4.0, token_cap_nats=1.0))
+    before = session.record()
+    with pytest.raises(BudgetError, match=r"allowance 1\.0"):
+        session.charge(kl_nats, flipped=True)
+    assert session.record() == before
+
+
+@pytest.mark.parametrize("reading", [PASS, None], ids=["pass", "not read"])
+def test_a_request_that_is_not_flagged_can_be_charged_nothing(reading: GateReading | None) -> None:
+    session = opened(reading) if reading else GuardSession(GUARD, Policy())
+    with pytest.raises(BudgetError):
+        session.charge(1e-12, flipped=False)
+
+
+def test_the_last_nat_cannot_be_spent_twice() -> None:
+    session = opened(RAISE, Policy(raise_budget_nats=1.0))
+    session.charge(0.75, flipped=False)
+    with pytest.raises(BudgetError):
+        session.charge(0.5, flipped=False)
+    session.charge(0.25, flipped=False)
+    assert session.ledger.spent_nats == 1.0
+    assert session.record().exhausted
+
+
+readings = st.builds(
+    GateReading,
+    score=st.floats(-50, 50),
+    refusal_prob=st.floats(0, 1),
+)
+policies = st.builds(
+    Policy,
+    mode=st.sampled_from(["observe", "enforce"]),
+    raise_budget_nats=st.floats(0, 8),
+    lower_budget_nats=st.floats(0, 8),
+    token_cap_nats=st.floats(0, 8),
+    shadow_tokens=st.integers(1, 12),
+    lower=st.sampled_from(["certified", "off"]),
+)
+
+
+@given(
+    reading=readings,
+    policy=policies,
+    seed=st.integers(0, 2**31),
+    spread=st.floats(0, 30),
+    temperature=st.floats(0.2, 2),
+)
+def test_no_path_of_mixed_tokens_spends_more_than_the_budget_of_its_zone(
+    reading: GateReading, policy: Policy, seed: int, spread: float, temperature: float
+) -> None:
+    session = GuardSession(GUARD, policy)
+    zone = session.open(reading)
+    budget_nats = {
+        Zone.RAISE: policy.raise_budget_nats,
+        Zone.LOWER: policy.lower_budget_nats,
+        Zone.PASS: 0.0,
+    }[zone]
+    generator = torch.Generator().manual_seed(seed)
+    total, n_shadows = 0.0, 0
+    for position in range(policy.shadow_tokens + 2):
+        if not session.wants_shadow(position):
+            continue
+        base, steered = torch.randn(2, 1, 8, generator=generator) * spread
+        allowance = session.ledger.allowance_nats
+        mixture = mix_within_budget(base, steered, torch.tensor([allowance]), temperature)
+        kl_nats = float(mixture.kl_nats)
+        assert kl_nats <= min(allowance, policy.token_cap_nats)
+        session.charge(kl_nats, flipped=bool(mixture.logits.argmax() != base.argmax()))
+        total, n_shadows = total + kl_nats, n_shadows + 1
+    record = session.record()
+    assert record.kl_nats <= record.budget_nats == budget_nats
+    assert total <= budget_nats * (1 + 1e-12)
+    assert record.kl_nats == pytest.approx(total, rel=1e-12)
+    assert record.steered_tokens <= record.shadow_passes == n_shadows <= policy.shadow_tokens
+    # Not ≤ steered_tokens: two logits closer than rounding can change places at a KL of 0.
+    assert record.token_flips <= record.shadow_passes
+
+
+@given(policy=policies, charges=st.lists(st.floats(0, 1), max_size=40))
+def test_any_shares_of_the_allowance_add_up_to_at_most_the_budget(
+    policy: Policy, charges: list[float]
+) -> None:
+    session = opened(RAISE, policy)
+    for share in charges:
+        session.charge(share * session.ledger.allowance_nats, flipped=False)
+        assert session.ledger.spent_nats <= policy.raise_budget_nats
+
+
+# What the record says
+
+
+@pytest.mark.parametrize(("mode", "applies"), [("enforce", True), ("observe", False)])
+def test_observe_decides_and_books_like_enforce_but_applies_nothing(
+    mode: str, applies: bool
+) -> None:
+    session = opened(RAISE, Policy.model_validate({"mode": mode}))
+    session.charge(0.5, flipped=True)
+    record = session.record()
+    assert session.applies is applies
+    assert record.applied is applies
+    enforced = opened(RAISE, Policy(mode="enforce"))
+    enforced.charge(0.5, flipped=True)
+    assert replace(record, applied=True) == enforced.record()
+
+
+def test_the_record_counts_shadow_passes_steered_tokens_and_flips() -> None:
+    session = opened(RAISE, Policy(raise_budget_nats=4.0))
+    for kl_nats, flipped in ((0.5, True), (0.0, False), (0.25, False), (0.25, True)):
+        session.charge(kl_nats, flipped)
+    assert session.record() == Record(
+        zone=Zone.RAISE,
+        gate_score=2.0,
+        refusal_prob=0.2,
+        kl_nats=1.0,
+        budget_nats=4.0,
+        steered_tokens=3,
+        shadow_passes=4,
+        token_flips=2,
+        exhausted=False,
+        applied=True,
+        gate_says="harmful",
+        verdict=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("reading", "text", "verdict", "over", "under"),
+    [
+        (LOWER, REFUSAL, Verdict.REFUSED, True, False),
+        (LOWER, ANSWER, Verdict.COMPLIED, False, False),
+        (RAISE, REFUSAL, Verdict.REFUSED, False, False),
+        (RAISE, ANSWER, Verdict.COMPLIED, False, True),
+        (PASS, REFUSAL, Verdict.REFUSED, False, False),
+        (PASS, ANSWER, Verdict.COMPLIED, False, False),
+        (LOWER, "", Verdict.UNCLEAR, False, False),
+        (RAISE, "", Verdict.UNCLEAR, False, False),
+    ],
+)
+def test_a_refusal_is_suspected_only_against_what_the_gate_says(
+    reading: GateReading, text: str, verdict: Verdict, over: bool, under: bool
+) -> None:
+    record = opened(reading).record(text)
+    assert record.verdict is verdict
+    assert record.suspected_over_refusal is over
+    assert record.suspected_under_refusal is under
+
+
+def test_nothing_is_suspected_of_a_response_that_is_not_finished() -> None:
+    for reading in (LOWER, RAISE):
+        record = opened(reading).record()
+        assert record.verdict is None
+        assert not record.suspected_over_refusal
+        assert not record.suspected_under_refusal
+
+
+def test_a_benign_request_that_passes_can_still_be_a_suspected_over_refusal() -> None:
+    record = opened(replace(LOWER, refusal_prob=0.05)).record(REFUSAL)
+    assert record.zone is Zone.PASS
+    assert record.suspected_over_refusal
+
+
+def test_the_record_holds_no_text_of_the_user() -> None:
+    record = opened(LOWER).record("Sure, the word is xylophone.")
+    assert "xylophone" not in str([getattr(record, field.name) for field in fields(record)])
