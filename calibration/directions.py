@@ -74,5 +74,5 @@ def random_directions(like: Tensor, n: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(n, like.numel(), generator=generator)
-    unit: Tensor = noise / noise.norm(dim=1, keepdim=True)
-    return unit * like.norm().cpu()
+    found: Tensor = noise * (like.norm().cpu() / noise.norm(dim=1, keepdim=True))
+    return found
