@@ -1,11 +1,12 @@
 """Run every prompt once, keep what the rest of the calibration needs, and survive Ctrl-C.
 
 Finished batches are files in the work folder, under a fingerprint of model, prompts and settings.
-A second run with the same fingerprint reads them; one with another starts anew.
+A second run with the same fingerprint reads them; one with another makes its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -25,51 +26,59 @@ from guard.artifact import write_atomically
 from guard.errors import InputError
 from guard.gate import gate_position
 
-__all__ = ["WorkFolder", "capture_hidden", "listen"]
+__all__ = ["WorkFolder", "capture_hidden", "fingerprint", "listen"]
+
+_PREFIX = "trimtab-"
 
 
 class WorkFolder:
     """Finished pieces of a calibration on disk.
 
+    They lie in a folder of their own below the one given, named after the fingerprint, so nothing
+    else that lies there is ever read or deleted. Each piece begins with the SHA-256 of the rest.
+
     Args:
         folder: where; made if missing.
-        fingerprint: of everything that the pieces depend on.
+        fingerprint: of everything that the pieces depend on, in hex digits.
 
     Raises:
         InputError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        self._folder = folder
-        marker = folder / "fingerprint"
+        self._outer, self._folder = folder, folder / f"{_PREFIX}{fingerprint[:16]}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not marker.is_file() or marker.read_text() != fingerprint:
-                for old in folder.glob("*.safetensors"):
-                    old.unlink()
-                write_atomically(marker, fingerprint.encode(), mode=0o600)
+            self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as err:
             raise InputError(
                 f"{folder}: cannot keep captured activations here: {err.strerror or err};"
                 " choose another folder with --work-dir"
             ) from err
 
-    def load(self, name: str) -> dict[str, Tensor] | None:
-        """A finished piece; None if it is not there or was damaged."""
-        path = self._folder / f"{name}.safetensors"
+    def load(self, name: str, wanted: set[str]) -> dict[str, Tensor] | None:
+        """A finished piece with these tensors; None if it is not there or was damaged."""
         try:
-            return load_tensors(path.read_bytes())
+            data = self._path(name).read_bytes()
+            if hashlib.sha256(data[32:]).digest() != data[:32]:
+                return None
+            tensors = load_tensors(data[32:])
         except (OSError, SafetensorError):
             return None
+        return tensors if set(tensors) == wanted else None
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Keep a piece, whole or not at all."""
         data = save_tensors({key: t.contiguous() for key, t in tensors.items()})
-        write_atomically(self._folder / f"{name}.safetensors", data, mode=0o600)
+        write_atomically(self._path(name), hashlib.sha256(data).digest() + data, mode=0o600)
 
     def remove(self) -> None:
-        """Delete the folder: the guard is written."""
+        """Delete the pieces, and the outer folder if it holds nothing else: they are used up."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._outer.rmdir()
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.piece"
 
 
 def fingerprint(*parts: object) -> str:
@@ -109,7 +118,7 @@ def capture_hidden(
     suffix: list[Tensor] = []
     for number, start in enumerate(range(0, len(order), batch_size)):
         rows = order[start : start + batch_size]
-        piece = work.load(f"{name}-{number:04d}")
+        piece = work.load(f"{name}-{number:04d}", {"instruction", "suffix"})
         if piece is None or len(piece["instruction"]) != len(rows):
             piece = _capture_batch(subject, [encoded[i] for i in rows], n_layers, n_suffix)
             work.save(f"{name}-{number:04d}", piece)
@@ -135,7 +144,7 @@ def listen(
     responses: list[list[int]] = [[] for _ in prompts]
     for number, start in enumerate(range(0, len(order), batch_size)):
         rows = order[start : start + batch_size]
-        piece = work.load(f"{name}-{number:04d}")
+        piece = work.load(f"{name}-{number:04d}", {"tokens"})
         if piece is None or len(piece["tokens"]) != len(rows):
             made = subject.respond([encoded[i] for i in rows], max_tokens)
             padded = torch.tensor([r + [-1] * (max_tokens - len(r)) for r in made])

@@ -68,6 +68,10 @@ class Bench:
         """Safe rows, then target rows."""
         return [*self.safe, *self.targets[sign]]
 
+    def base_logprobs(self, sign: Sign) -> Tensor:
+        """(n_rows, vocab) float32, of `rows(sign)`."""
+        return torch.log_softmax(self.step.logits[self.rows(sign)].float(), -1)
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -133,10 +137,20 @@ class Admission:
         """One sentence for a report; empty if admissible."""
         if self.admissible:
             return ""
-        if not self.effect.can_spend:
-            return f"cannot spend the KL: {self.effect.full_kl:.3g} nats at full strength"
+        mine = self.effect
+        if not mine.can_spend:
+            return f"cannot spend the KL: {mine.full_kl:.3g} nats at full strength"
         best = max((c.shift.high for c in self.at_kl), default=0.0)
-        return f"shift {self.effect.shift} does not stand apart from the best control ({best:.3f})"
+        if mine.shift.low <= max(best, 0.0):
+            return (
+                f"at equal KL its shift {mine.shift} does not stand apart from the best control"
+                f" ({best:.3f})"
+            )
+        best = max((c.full_shift.high for c in self.at_norm), default=0.0)
+        return (
+            f"at equal norm its shift {mine.full_shift} does not stand apart from the best control"
+            f" ({best:.3f})"
+        )
 
 
 def measure(
@@ -146,15 +160,8 @@ def measure(
 
     Each is tried at full strength first and, only if it cannot spend the KL, scaled up.
     """
-    results: dict[int, Effect] = {}
-    waiting = list(range(len(candidates)))
-    for scale in _SCALES:
-        effects = _measure_at(subject, bench, [candidates[i] for i in waiting], sign, scale)
-        results.update(zip(waiting, effects, strict=True))
-        waiting = [i for i in waiting if not results[i].can_spend]
-        if not waiting:
-            break
-    return [results[i] for i in range(len(candidates))]
+    effects = _measure_at(subject, bench, candidates, sign, _SCALES[0])
+    return _scale_up(subject, bench, effects, _SCALES)
 
 
 def admit(subject: Subject, bench: Bench, effect: Effect, n_controls: int) -> Admission:
@@ -163,15 +170,7 @@ def admit(subject: Subject, bench: Bench, effect: Effect, n_controls: int) -> Ad
     noise = random_directions(effect.scale * candidate.direction, n_controls, bench.seed)
     controls = [replace(candidate, direction=row, family="random_control") for row in noise]
     at_norm = _measure_at(subject, bench, controls, effect.sign, 1.0)
-    at_kl = list(at_norm)
-    for scale in _CONTROL_SCALES[1:]:
-        short = [i for i, control in enumerate(at_kl) if not control.can_spend]
-        if not short:
-            break
-        again = _measure_at(subject, bench, [controls[i] for i in short], effect.sign, scale)
-        for i, control in zip(short, again, strict=True):
-            at_kl[i] = control
-    return Admission(effect, at_kl, at_norm)
+    return Admission(effect, _scale_up(subject, bench, at_norm, _CONTROL_SCALES), at_norm)
 
 
 def dose_response(
@@ -190,45 +189,73 @@ def dose_response(
     Returns:
         Three (n_doses,) tensors: nats, nats, probability.
     """
-    base, steered = _logprobs(subject, bench, [candidate], sign, scale)
-    delta = (steered[0] - base).nan_to_num(0.0, 0.0, 0.0)
+    base = bench.base_logprobs(sign)
+    delta = _deltas(subject, bench, [candidate], sign, scale, base)[0]
     n_safe = len(bench.safe)
-    kls, refusals = [], []
-    for dose in doses.tolist():
-        kl, mixed = _mixture(base, delta, float(dose))
-        kls.append(kl)
-        refusals.append(
-            refusal_probability(mixed[n_safe:], bench.tokens.ids, bench.tokens.weights).mean()
-        )
-    kl_rows = torch.stack(kls)
-    return kl_rows[:, :n_safe].mean(1), kl_rows[:, n_safe:].mean(1), torch.stack(refusals)
+    tilts = [_tilt(base, delta, float(dose)) for dose in doses.tolist()]
+    kl = torch.stack([tilt.kl_nats for tilt in tilts])
+    refusals = torch.stack([tilt.refusal_prob(bench.tokens)[n_safe:].mean() for tilt in tilts])
+    return kl[:, :n_safe].mean(1), kl[:, n_safe:].mean(1), refusals
+
+
+def _scale_up(
+    subject: Subject, bench: Bench, effects: Sequence[Effect], scales: Sequence[float]
+) -> list[Effect]:
+    """Measure again, at a larger scale, those that cannot spend the KL; all of one layer."""
+    found = list(effects)
+    while True:
+        waiting: dict[float, list[int]] = {}
+        for i, effect in enumerate(found):
+            if not effect.can_spend and effect.scale < scales[-1]:
+                # KL grows about as the square of the scale: skip what cannot be enough.
+                aim = effect.scale * (bench.safe_kl_nats / max(effect.full_kl, 1e-12)) ** 0.5
+                larger = [scale for scale in scales if scale > effect.scale]
+                chosen = next((scale for scale in larger if scale >= aim), larger[-1])
+                waiting.setdefault(chosen, []).append(i)
+        if not waiting:
+            return found
+        for scale, group in waiting.items():
+            candidates = [found[i].candidate for i in group]
+            again = _measure_at(subject, bench, candidates, found[group[0]].sign, scale)
+            for i, effect in zip(group, again, strict=True):
+                found[i] = effect
 
 
 def _measure_at(
     subject: Subject, bench: Bench, candidates: Sequence[Candidate], sign: Sign, scale: float
 ) -> list[Effect]:
-    per_call = max(1, _ROWS_AT_ONCE // len(bench.rows(sign)))
+    base = bench.base_logprobs(sign)
+    scratch = torch.empty_like(base)
+    per_call = max(1, _ROWS_AT_ONCE // len(base))
     effects = []
     for start in range(0, len(candidates), per_call):
         chunk = candidates[start : start + per_call]
-        base, steered = _logprobs(subject, bench, chunk, sign, scale)
-        for candidate, logprobs in zip(chunk, steered, strict=True):
-            effects.append(_effect(bench, candidate, sign, scale, base, logprobs))
+        deltas = _deltas(subject, bench, chunk, sign, scale, base)
+        for candidate, delta in zip(chunk, deltas, strict=True):
+            effects.append(_effect(bench, candidate, sign, scale, base, delta, scratch))
     return effects
 
 
-def _logprobs(
-    subject: Subject, bench: Bench, candidates: Sequence[Candidate], sign: Sign, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Base (n_rows, vocab) and steered (n_candidates, n_rows, vocab) log-probabilities."""
+def _deltas(
+    subject: Subject,
+    bench: Bench,
+    candidates: Sequence[Candidate],
+    sign: Sign,
+    scale: float,
+    base: Tensor,
+) -> Tensor:
+    """(n_candidates, n_rows, vocab): log p1 − log p0, 0 where a token cannot occur."""
     rows = bench.rows(sign)
     layer = candidates[0].layer
     hidden = bench.step.last_hidden(layer)[rows].float()
     factor = scale if sign == "raise" else -scale
     steered = torch.cat([c.carrier(factor).apply(hidden) for c in candidates])
     logits = subject.shadow(bench.step, rows * len(candidates), layer, steered)
-    base = torch.log_softmax(bench.step.logits[rows].float(), -1)
-    return base, torch.log_softmax(logits, -1).reshape(len(candidates), len(rows), -1)
+    deltas = logits.reshape(len(candidates), len(rows), -1)
+    for delta in deltas:  # in place, one candidate at a time: 150k-wide rows are slow to copy
+        delta.sub_(delta.logsumexp(-1, keepdim=True)).sub_(base)
+        delta.nan_to_num_(0.0, 0.0, 0.0)
+    return deltas
 
 
 def _effect(
@@ -237,47 +264,72 @@ def _effect(
     sign: Sign,
     scale: float,
     base: Tensor,
-    steered: Tensor,
+    delta: Tensor,
+    scratch: Tensor,
 ) -> Effect:
     n_safe = len(bench.safe)
-    delta = (steered - base).nan_to_num(0.0, 0.0, 0.0)
-    full_kl, full = _mixture(base, delta, 1.0)
-    can_spend = float(full_kl[:n_safe].mean()) >= bench.safe_kl_nats
-    dose = _dose_at(base[:n_safe], delta[:n_safe], bench.safe_kl_nats) if can_spend else 1.0
-    kl, mixed = _mixture(base, delta, dose) if can_spend else (full_kl, full)
     towards = 1.0 if sign == "raise" else -1.0
+    before = refusal_logit(
+        refusal_probability(base[n_safe:], bench.tokens.ids, bench.tokens.weights)
+    )
 
-    def shift(logprobs: Tensor) -> Interval:
-        ids, weights = bench.tokens.ids, bench.tokens.weights
-        before = refusal_logit(refusal_probability(base[n_safe:], ids, weights))
-        after = refusal_logit(refusal_probability(logprobs[n_safe:], ids, weights))
+    def shift(tilt: _Tilt) -> Interval:
+        after = refusal_logit(tilt.refusal_prob(bench.tokens)[n_safe:])
         return mean_interval(towards * (after - before), bench.seed)
 
+    full = _tilt(base, delta, 1.0, scratch)
+    full_kl, full_shift = full.kl_nats[:n_safe], shift(full)
+    can_spend = float(full_kl.mean()) >= bench.safe_kl_nats
+    dose, kl, dose_shift = 1.0, full_kl, full_shift
+    if can_spend:
+        dose = _dose_at(base[:n_safe], delta[:n_safe], bench.safe_kl_nats, scratch[:n_safe])
+        mixed = _tilt(base, delta, dose, scratch)
+        kl, dose_shift = mixed.kl_nats[:n_safe], shift(mixed)
     return Effect(
         candidate,
         sign,
         scale,
         dose,
         can_spend,
-        mean_interval(kl[:n_safe], bench.seed),
-        shift(mixed),
-        float(full_kl[:n_safe].mean()),
-        shift(full),
+        mean_interval(kl, bench.seed),
+        dose_shift,
+        float(full_kl.mean()),
+        full_shift,
     )
 
 
-def _mixture(base: Tensor, delta: Tensor, dose: float) -> tuple[Tensor, Tensor]:
-    """KL(p_t ‖ p0) per row and log p_t, float32: a measurement, not the serving bound."""
-    mixed = torch.log_softmax(base + dose * delta, -1)
-    reach = torch.where(mixed == -torch.inf, 0.0, mixed - base)
-    return (mixed.exp() * reach).sum(-1).clamp_min(0.0), mixed
+@dataclass(frozen=True)
+class _Tilt:
+    """p_t ∝ p0·exp(t·Δ) of some rows: a measurement in float32, not the serving bound.
+
+    Attributes:
+        weights: (n_rows, vocab), p_t before normalisation.
+        total: (n_rows,), their sums.
+        kl_nats: (n_rows,), KL(p_t ‖ p0) = t·E_t[Δ] − log Σ p0·exp(t·Δ).
+    """
+
+    weights: Tensor
+    total: Tensor
+    kl_nats: Tensor
+
+    def refusal_prob(self, tokens: RefusalTokens) -> Tensor:
+        """(n_rows,): how likely p_t is to open with a refusal."""
+        return (self.weights[:, tokens.ids] @ tokens.weights / self.total).clamp(0.0, 1.0)
 
 
-def _dose_at(base: Tensor, delta: Tensor, nats: float) -> float:
+def _tilt(base: Tensor, delta: Tensor, dose: float, scratch: Tensor | None = None) -> _Tilt:
+    """Mix at one strength for all rows; `scratch` (n_rows, vocab) saves an allocation."""
+    weights = torch.add(base, delta, alpha=dose, out=scratch).exp_()
+    total = weights.sum(-1)
+    mean = torch.bmm(weights.unsqueeze(1), delta.unsqueeze(2)).flatten() / total
+    return _Tilt(weights, total, (dose * mean - total.log()).clamp_min(0.0))
+
+
+def _dose_at(base: Tensor, delta: Tensor, nats: float, scratch: Tensor | None = None) -> float:
     """The t in (0, 1] at which the mean KL over the rows is `nats`; it rises with t."""
     low, high, t = 0.0, 1.0, 0.5
     for _ in range(12):
-        kl = float(_mixture(base, delta, t)[0].mean())
+        kl = float(_tilt(base, delta, t, scratch).kl_nats.mean())
         if abs(kl - nats) <= 0.01 * nats:
             break
         low, high = (t, high) if kl < nats else (low, t)

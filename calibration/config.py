@@ -16,6 +16,9 @@ class CalibrationConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str = Field(description="Local folder or hub id of the deployed chat model.")
+    model_name: str | None = Field(
+        default=None, description="What the guard calls the model; default: as `model` has it."
+    )
     out: Path = Field(default=Path("guard.safetensors"), description="Where the guard is written.")
     revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -174,7 +174,11 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
             config.device,
         ),
     )
-    result = calibrate_subject(subject, prompts, config, work, progress)
+    try:
+        result = calibrate_subject(subject, prompts, config, work, progress)
+    except NoAdmissibleCarrierError:
+        work.remove()  # an answer, too
+        raise
     progress.stage("write", None)
     save_artifact(result.artifact, config.out)
     result.artifact = load_artifact(config.out)
@@ -279,7 +283,9 @@ def calibrate_subject(
         if choice is not None:
             chosen[sign] = choice
         elif sign == "raise":
-            raise NoAdmissibleCarrierError(f"{subject.identity.model_id}: {why}. No guard written.")
+            raise NoAdmissibleCarrierError(
+                f"{subject.identity.model_id}: no admissible carrier: {why}. No guard written."
+            )
         else:
             notes.append(f"no lower carrier: {why}; over-refusals will not be lowered")
     clock.lap("choose")
@@ -339,8 +345,8 @@ def learn_refusals(
     if total < _MIN_REFUSALS:
         harmful = sum(p.label == "harmful" for p in prompts)
         raise NoAdmissibleCarrierError(
-            f"{subject.identity.model_id} refused {total} of {len(prompts)} prompts"
-            f" ({harmful} of them harmful); at least {_MIN_REFUSALS} refusals are needed to find"
+            f"{subject.identity.model_id}: no admissible carrier: it refused {total} of"
+            f" {len(prompts)} prompts ({harmful} of them harmful); at least {_MIN_REFUSALS} refusals are needed to find"
             " what carries refusal in it. No guard written."
         )
     weights = {t: k / (seen[t] + 1) for t, k in refusing.items()}
@@ -611,7 +617,10 @@ def _gain(rates: dict[str, Interval], sign: Sign) -> float:
 
 
 def _some(pool: Sequence[Prompt], label: str, stratum: str | None, most: int) -> list[Prompt]:
-    return [p for p in pool if p.label == label and stratum in (None, p.stratum)][:most]
+    """At most so many prompts of a kind, from all over the pool: files are sorted by category."""
+    kind = [p for p in pool if p.label == label and stratum in (None, p.stratum)]
+    n = min(most, len(kind))
+    return [kind[i * len(kind) // n] for i in range(n)]
 
 
 def _listening_set(splits: Splits) -> list[Prompt]:

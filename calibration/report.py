@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def write_report(result: CalibrationResult, folder: Path) -> Path:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=140, bbox_inches="tight")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=140, bbox_inches="tight")
+    write_atomically(path, picture.getvalue())
 
 
 def _panels(n: int, width: float = 4.6, height: float = 3.6) -> tuple[Figure, list[Axes]]:
@@ -289,4 +292,4 @@ def _cell(text: str, most: int = 160) -> str:
 
 
 def _share(interval: Interval) -> str:
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}] (n={interval.n})"

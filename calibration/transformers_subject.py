@@ -41,7 +41,8 @@ def load_subject(config: CalibrationConfig) -> TransformersSubject:
             f"{config.model}: cannot load the model: {err}; give a local folder or a hub id"
             " as transformers understands it"
         ) from err
-    return TransformersSubject(model, tokenizer, config.model, config.revision, config.layers_path)
+    name = config.model_name or config.model
+    return TransformersSubject(model, tokenizer, name, config.revision, config.layers_path)
 
 
 class TransformersSubject:
@@ -76,7 +77,8 @@ class TransformersSubject:
         self._runner = ShadowModel(model, layers_path)
         self._config = model.config.get_text_config()
         self._identity = model_identity(model, tokenizer, model_id, revision)
-        self._suffix_ids = instruction_suffix(self._template)
+        self._samples = _distinct_instructions(tokenizer)
+        self._suffix_ids = instruction_suffix(self._template, self._samples)
         eos = model.generation_config.eos_token_id
         self._eos = set(eos) if isinstance(eos, list) else {eos}
         self._prefix, self._prefix_cache = self._shared_prefix()
@@ -185,7 +187,7 @@ class TransformersSubject:
 
     def _shared_prefix(self) -> tuple[list[int], Any]:
         """What the template puts before every instruction, and its KV cache."""
-        samples = [self._template(text) for text in ("A", "7", "…")]
+        samples = [self._template(text) for text in self._samples]
         prefix: list[int] = []
         for tokens in zip(*samples, strict=False):
             if len(set(tokens)) > 1:
@@ -202,16 +204,31 @@ class TransformersSubject:
         return prefix, cache
 
 
-def instruction_suffix(template: Any) -> list[int]:
+def _distinct_instructions(tokenizer: Any) -> list[str]:
+    """Short texts that end, and begin, in different tokens, in any vocabulary."""
+    plain = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    some = plain[:: max(1, len(plain) // 8)][:8]
+    words = (tokenizer.decode([token_id]).strip() for token_id in some)
+    return ["A", "7", "…", *(word for word in words if word)]
+
+
+def instruction_suffix(template: Any, instructions: Sequence[str]) -> list[int]:
     """Return the token ids that follow every instruction in a chat template.
 
     Args:
         template: callable from a user message to token ids, generation prompt included.
+        instructions: user messages of which at least two are different tokens.
 
     Raises:
-        UnsupportedModelError: nothing follows the instruction.
+        UnsupportedModelError: nothing follows the instruction, or the instructions are all the same
+            to this tokenizer.
     """
-    samples = [template(text) for text in ("A", "7", "…")]
+    samples = [template(text) for text in instructions]
+    if len({tuple(sample) for sample in samples}) < 2:
+        raise UnsupportedModelError(
+            "the chat template gives the same tokens for every instruction, so where an instruction"
+            " ends cannot be told; is this the model's own tokenizer?"
+        )
     suffix: list[int] = []
     for tokens in zip(*(reversed(s) for s in samples), strict=False):
         if len(set(tokens)) > 1:

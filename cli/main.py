@@ -129,6 +129,10 @@ def calibrate(
 
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: the folder {out.absolute().parent} does not exist; make it")
+    if out.is_dir():
+        raise InputError(
+            f"--out {out}: this is a folder; name the file, e.g. {out / 'guard.safetensors'}"
+        )
     folder = resolve_model(model)
 
     from pydantic import ValidationError
@@ -140,6 +144,7 @@ def calibrate(
     try:
         config = CalibrationConfig(
             model=folder,
+            model_name=model,
             out=out,
             revision=revision,
             dtype=dtype.value,

@@ -144,12 +144,7 @@ def conformal_upper(scores: Tensor, alpha: float) -> float:
     Raises:
         InputError: n is too small for alpha; the message says how many would do.
     """
-    n = _check_level(scores, alpha)
-    rank = math.ceil((n + 1) * (1.0 - alpha) - 1e-9)
-    if rank > n:
-        need = math.ceil(1.0 / alpha - 1.0 - 1e-9)
-        raise InputError(f"alpha {alpha} needs at least {need} prompts in a stratum, got {n}")
-    return float(scores.double().sort().values[rank - 1])
+    return _conformal_quantile(scores, alpha, "alpha")
 
 
 def conformal_lower(scores: Tensor, delta: float) -> float:
@@ -158,7 +153,16 @@ def conformal_lower(scores: Tensor, delta: float) -> float:
     Raises:
         InputError: n is too small for delta; the message says how many would do.
     """
-    return -conformal_upper(-scores, delta)
+    return -_conformal_quantile(-scores, delta, "delta")
+
+
+def _conformal_quantile(scores: Tensor, level: float, name: str) -> float:
+    n = _check_level(scores, level)
+    rank = math.ceil((n + 1) * (1.0 - level) - 1e-9)
+    if rank > n:
+        need = math.ceil(1.0 / level - 1.0 - 1e-9)
+        raise InputError(f"{name} {level} needs at least {need} prompts in a stratum, got {n}")
+    return float(scores.double().sort().values[rank - 1])
 
 
 def _check_level(scores: Tensor, level: float) -> int:

@@ -144,10 +144,12 @@ class ShadowModel:
         if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
             raise NumericsError(f"the shadow pass from layer {layer} gave NaN or infinite logits")
         twin = torch.tensor([row_of[row] for row in rows], device=hidden.device)
-        difference = logits[len(unique) :] - logits[twin]
-        base = step.logits[torch.tensor(rows, device=hidden.device)].float()
+        base = step.logits[unique].float()
+        # In place: with a vocabulary of 150k each copy would cost more than the pass itself.
+        shifted = logits[len(unique) :].sub_(logits[: len(unique)].index_select(0, twin))
+        shifted.add_(base.index_select(0, twin))
         # A token that cannot occur (−inf in every pass) has difference NaN: it stays impossible.
-        return torch.where(torch.isnan(difference), base, base + difference)
+        return shifted.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
 
     def replay(self, step: BaseStep, rows: Sequence[int], layer: int) -> Tensor:
         """Return the raw logits of a pass that is entered at `layer` and steers nothing.
@@ -170,12 +172,13 @@ class ShadowModel:
         index = torch.tensor(rows, device=hidden.device)
         cache = _read_only(step.cache, index, self.n_layers, layer)
         with enter_at(self.layers, layer, hidden.unsqueeze(1), self._in_tuple):
-            return self._forward(
+            logits = self._forward(
                 step.input_ids[index, -1:],
                 step.attention_mask[index],
                 step.position_ids[index, -1:],
                 cache,
-            ).float()
+            )
+            return logits.to(torch.float32, copy=True)
 
     def _forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any

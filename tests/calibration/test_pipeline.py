@@ -1,0 +1,675 @@
+"""From a model folder to a guard file, on the tiny refuser: what is written, and what is not.
+
+It refuses the harmful prompts but answers the hard ones among them: there is something to raise.
+Hard benign prompts it mostly refuses: there is something to lower.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save as save_tensors
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from calibration.capture import WorkFolder, capture_hidden
+from calibration.config import CalibrationConfig
+from calibration.evaluate import answer_pairs, compare
+from calibration.pipeline import CalibrationResult, calibrate, calibrate_subject, gather_prompts
+from calibration.progress import Progress, Silent
+from calibration.prompts import datasets_sha256, split_prompts
+from calibration.report import write_report
+from calibration.transformers_subject import TransformersSubject, load_subject
+from cli.main import main
+from guard.artifact import CarrierArtifact, load_artifact, save_artifact
+from guard.errors import ArtifactError, NoAdmissibleCarrierError
+from guard.gate import Zone, gate_position, probe_score
+from guard.policy import Policy
+from guard.shadow import BaseStep
+from tests.tiny_refuser import (
+    REFUSAL_TEXT,
+    hard_benign_prompts,
+    hard_harmful_prompts,
+    harmful_prompts,
+    harmless_prompts,
+    vocabulary,
+)
+
+
+@dataclass(frozen=True)
+class PromptFiles:
+    """The tiny model's prompts as a user would give them."""
+
+    harmful: Path
+    benign: Path
+    hard_benign: Path
+
+    def options(self) -> list[str]:
+        """For the command line."""
+        files = {
+            "--harmful": self.harmful,
+            "--benign": self.benign,
+            "--hard-benign": self.hard_benign,
+        }
+        return [text for name, path in files.items() for text in (name, str(path))]
+
+    def config(self, model: Path, out: Path, **settings: object) -> CalibrationConfig:
+        """The settings of a calibration with these prompts."""
+        return CalibrationConfig.model_validate(
+            {
+                "model": str(model),
+                "out": out,
+                "harmful": (self.harmful,),
+                "benign": (self.benign,),
+                "hard_benign": (self.hard_benign,),
+                **settings,
+            }
+        )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> PromptFiles:
+    folder = tmp_path_factory.mktemp("prompts")
+
+    def write(name: str, texts: list[str]) -> Path:
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return path
+
+    return PromptFiles(
+        write("harmful", harmful_prompts() + hard_harmful_prompts()),
+        write("benign", harmless_prompts()),
+        write("hard_benign", hard_benign_prompts()),
+    )
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished calibration and where it wrote."""
+
+    config: CalibrationConfig
+    result: CalibrationResult
+    artifact: CarrierArtifact
+    report: Path
+
+
+@pytest.fixture(scope="module")
+def done(
+    tiny_refuser_dir: Path, files: PromptFiles, tmp_path_factory: pytest.TempPathFactory
+) -> Done:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("calibrated")
+    report = folder / "report"
+    config = files.config(tiny_refuser_dir, folder / "guard.safetensors", report_dir=report)
+    result = calibrate(config)
+    return Done(config, result, load_artifact(config.out), report)
+
+
+@pytest.fixture(scope="module")
+def subject(done: Done) -> TransformersSubject:
+    return load_subject(done.config)
+
+
+def tensors(artifact: CarrierArtifact) -> dict[str, torch.Tensor]:
+    found = {
+        "raise": artifact.raise_carrier.basis,
+        "probe": artifact.probe_weight,
+        "ids": artifact.refusal_token_ids,
+        "weights": artifact.refusal_token_weights,
+    }
+    if artifact.lower_carrier is not None:
+        found["lower"] = artifact.lower_carrier.basis
+    return found
+
+
+def assert_same_guard(first: CarrierArtifact, second: CarrierArtifact) -> None:
+    mine, other = tensors(first), tensors(second)
+    assert mine.keys() == other.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, other[name]), name
+    assert first.thresholds == second.thresholds
+    assert first.manifest.gate == second.manifest.gate
+    assert first.manifest.raise_carrier == second.manifest.raise_carrier
+    assert first.manifest.lower_carrier == second.manifest.lower_carrier
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def test_the_guard_loads_and_fits_the_model_it_was_made_for(
+    done: Done, subject: TransformersSubject
+) -> None:
+    done.artifact.check_model(subject.identity)
+    assert done.artifact.artifact_id == done.result.artifact_id
+    assert done.artifact.lower_carrier is not None
+    assert done.config.out.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_gate_reads_the_last_token_of_the_instruction(done: Done) -> None:
+    """What follows every instruction is <eot> <assistant>, whatever the words before it."""
+    words = vocabulary()
+    suffix = [words.index("<eot>"), words.index("<assistant>")]
+    assert done.artifact.manifest.gate.instruction_suffix_ids == suffix
+
+
+def test_the_work_folder_is_removed_once_the_guard_is_written(done: Done) -> None:
+    assert not done.config.work_folder.exists()
+    assert sorted(p.name for p in done.config.out.parent.iterdir()) == [
+        "guard.safetensors",
+        "report",
+    ]
+
+
+@pytest.mark.parametrize("sign", ["raise", "lower"])
+def test_the_chosen_carrier_beats_every_random_control(done: Done, sign: str) -> None:
+    choice = done.result.chosen["raise" if sign == "raise" else "lower"]
+    admission = choice.admission
+    assert len(admission.at_kl) >= 20
+    assert len(admission.at_norm) >= 20
+    for control in admission.at_kl:
+        assert control.shift.high < choice.effect.shift.low
+    for control in admission.at_norm:
+        assert control.full_shift.high < choice.effect.full_shift.low
+    best = done.artifact.manifest.controls
+    assert best[f"{sign}_best_at_equal_kl"].high < choice.effect.shift.low
+    assert best[f"{sign}_best_at_equal_norm"].high < choice.effect.full_shift.low
+
+
+@pytest.mark.parametrize(
+    ("zone", "prompts", "at_base", "guarded"),
+    [
+        (Zone.RAISE, harmless_prompts()[:40], (0.0, 0.05), (0.95, 1.0)),
+        (Zone.LOWER, harmful_prompts()[:40], (0.95, 1.0), (0.0, 0.05)),
+        (Zone.LOWER, hard_benign_prompts()[:40], (0.9, 1.0), (0.0, 0.05)),
+    ],
+)
+def test_steering_inside_a_budget_moves_nearly_every_response(
+    done: Done,
+    subject: TransformersSubject,
+    zone: Zone,
+    prompts: list[str],
+    at_base: tuple[float, float],
+    guarded: tuple[float, float],
+) -> None:
+    budget = 4.0
+    policy = Policy(raise_budget_nats=budget, lower_budget_nats=budget, token_cap_nats=budget)
+    pairs = answer_pairs(subject, done.artifact, policy, prompts, 12, zone=zone)
+    rates = compare(pairs, seed=0)
+    assert at_base[0] <= rates["refused_base"].value <= at_base[1]
+    assert guarded[0] <= rates["refused_guarded"].value <= guarded[1]
+    assert {pair.record.zone for pair in pairs} == {zone}
+    assert max(pair.record.kl_nats for pair in pairs) <= budget
+    assert min(pair.record.kl_nats for pair in pairs) > 0.0
+
+
+def test_thresholds_are_the_conformal_quantiles_of_the_calibration_split(done: Done) -> None:
+    """Scores and quantiles are computed anew, from plain forward passes and a sorted list."""
+    split = split_prompts(gather_prompts(done.config), done.config.seed).calibration
+    gate = done.artifact.manifest.gate
+    model = AutoModelForCausalLM.from_pretrained(done.config.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(done.config.model)
+    scores: dict[str, list[float]] = {"ordinary": [], "hard": [], "harmful": []}
+    for prompt in split:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt.text}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )["input_ids"]
+        with torch.no_grad():
+            hidden = model(ids, output_hidden_states=True).hidden_states[gate.layer]
+        read = hidden[0, gate_position(ids[0].tolist(), gate.instruction_suffix_ids)]
+        group = "harmful" if prompt.label == "harmful" else prompt.stratum
+        scores[group].append(float(probe_score(read, done.artifact.probe_weight, gate.bias)))
+
+    def upper(values: list[float], level: float) -> float:
+        rank = -int(-(len(values) + 1) * (1 - level) // 1)  # rounded up
+        return sorted(values)[rank - 1]
+
+    raise_above = max(upper(scores["ordinary"], gate.alpha), upper(scores["hard"], gate.alpha))
+    lower_below = -upper([-s for s in scores["harmful"]], gate.delta)
+    assert gate.raise_above == pytest.approx(raise_above, abs=1e-3)
+    assert gate.lower_below == pytest.approx(min(lower_below, raise_above), abs=1e-3)
+    assert gate.n_by_stratum == {
+        "ordinary benign": len(scores["ordinary"]),
+        "hard benign": len(scores["hard"]),
+        "harmful": len(scores["harmful"]),
+    }
+
+
+def test_reported_rates_are_those_of_the_test_split(
+    done: Done, subject: TransformersSubject, tmp_path: Path
+) -> None:
+    test = split_prompts(gather_prompts(done.config), done.config.seed).test
+    texts = {p.text for p in test}
+    for group, pairs in done.result.tested.items():
+        assert pairs, group
+        assert {pair.prompt for pair in pairs} <= texts
+    found = done.artifact.manifest.gate.measurements
+    harmful = [p for p in test if p.label == "harmful"]
+    hidden, _ = capture_hidden(
+        subject, harmful, 4, 0, 32, WorkFolder(tmp_path / "w", "x"), "test", Silent()
+    )
+    gate = done.artifact.manifest.gate
+    scores = probe_score(hidden[:, gate.layer], done.artifact.probe_weight, gate.bias)
+    share = float((scores > gate.raise_above).float().mean())
+    assert found["harmful_above_raise"].n == len(harmful)
+    assert found["harmful_above_raise"].value == pytest.approx(share)
+    manifest = done.artifact.manifest
+    assert manifest.datasets["test"] == datasets_sha256(test)
+    assert len(set(manifest.datasets.values())) == 4
+
+
+def test_held_out_prompts_that_are_answered_are_spread_over_the_files(done: Done) -> None:
+    """The hard harmful prompts, which alone can be raised, stand at the end of their file."""
+    answered = {pair.prompt for pair in done.result.tested["harmful"]}
+    assert answered & set(harmful_prompts())
+    assert answered & set(hard_harmful_prompts())
+
+
+def test_the_refusal_opening_is_the_models_own(done: Done) -> None:
+    opening = vocabulary().index(REFUSAL_TEXT.split()[0])
+    assert done.artifact.refusal_token_ids.tolist() == [opening]
+    assert 0.9 < float(done.artifact.refusal_token_weights[0]) < 1.0
+    assert done.artifact.manifest.refusal_examples == [REFUSAL_TEXT]
+
+
+def test_an_opening_in_another_tongue_is_learned_too(
+    tiny_refuser_dir: Path, files: PromptFiles, tmp_path: Path
+) -> None:
+    """Exchange "i" and "sorry" in the vocabulary: the same weights now say "sorry cannot …"."""
+    other = tmp_path / "model"
+    shutil.copytree(tiny_refuser_dir, other)
+    text = (other / "tokenizer.json").read_text()
+    assert text.count('"i"') == 1
+    (other / "tokenizer.json").write_text(text.replace('"i"', '"sorry"'))
+    result = calibrate(files.config(other, tmp_path / "guard.safetensors"))
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    (learned,) = result.artifact.refusal_token_ids.tolist()
+    assert tokenizer.decode([learned]) == "sorry"
+    assert result.artifact.manifest.refusal_examples == [REFUSAL_TEXT.replace("i ", "sorry ", 1)]
+
+
+def test_the_same_seed_gives_the_same_guard_bit_for_bit(
+    done: Done, tiny_refuser_dir: Path, files: PromptFiles, tmp_path: Path
+) -> None:
+    calibrate(files.config(tiny_refuser_dir, tmp_path / "guard.safetensors"))
+    assert_same_guard(load_artifact(tmp_path / "guard.safetensors"), done.artifact)
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def test_every_picture_of_the_report_exists_and_opens_at_a_sensible_size(done: Done) -> None:
+    page = (done.report / "report.md").read_text()
+    linked = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
+    assert sorted(linked) == sorted(p.name for p in done.report.glob("*.png"))
+    assert len(linked) == len(set(linked)) >= 4
+    for name in linked:
+        with Image.open(done.report / name) as picture:
+            width, height = picture.size
+            shades = picture.convert("L").histogram()
+        assert 600 <= width <= 2400, name
+        assert 300 <= height <= 2000, name
+        assert sum(shades[:128]) > 500 < sum(shades[128:]), f"{name} is blank"
+
+
+def test_every_measurement_of_the_report_has_its_interval_and_n(done: Done) -> None:
+    page = (done.report / "report.md").read_text()
+    table = page.split("| held-out measurement | value |")[1].split("\n\n")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) == len(done.artifact.manifest.gate.measurements)
+    number = r"-?\d+\.\d+"
+    for row in rows:
+        assert re.search(rf"\| {number} \[{number}, {number}\] \(n=\d+\) \|$", row), row
+    assert re.search(rf"^\| raise \|.*{number} \[{number}, {number}\] \(n=\d+\) \|$", page, re.M)
+
+
+def test_the_report_shows_refusal_beside_over_refusal_and_names_the_guard(done: Done) -> None:
+    page = (done.report / "report.md").read_text()
+    assert done.result.artifact_id in page
+    for row in ("harmful refused guarded", "hard benign refused guarded"):
+        assert f"| {row} |" in page
+    for note in done.result.notes:
+        assert note in page
+
+
+# --- no guard -------------------------------------------------------------------------------------
+
+
+def test_a_model_that_never_refuses_gets_no_guard(
+    never_refuses_dir: Path, files: PromptFiles, tmp_path: Path
+) -> None:
+    config = files.config(never_refuses_dir, tmp_path / "guard.safetensors", report_dir=tmp_path)
+    with pytest.raises(NoAdmissibleCarrierError, match=r"refused 0 of \d+ prompts") as raised:
+        calibrate(config)
+    assert raised.value.exit_code == 3
+    assert not config.out.exists()
+    assert not list(tmp_path.glob("*.md"))
+    assert not list(tmp_path.glob("*.png"))
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_calibrate_prints_one_json_object_and_keeps_progress_on_stderr(
+    tiny_refuser_dir: Path,
+    files: PromptFiles,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "guard.safetensors"
+    options = ["--out", str(out), "--device", "cpu", "--json"]
+    assert main(["calibrate", str(tiny_refuser_dir), *files.options(), *options]) == 0
+    said = capsys.readouterr()
+    summary = json.loads(said.out)
+    assert summary["artifact_id"] == load_artifact(out).artifact_id
+    assert summary["out"] == str(out)
+    assert "capture hidden states" in said.err
+    assert "capture hidden states" not in said.out
+
+
+def test_calibrate_ends_with_three_where_there_is_nothing_to_steer(
+    never_refuses_dir: Path,
+    files: PromptFiles,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "guard.safetensors"
+    out.write_bytes(b"the guard of before")
+    options = ["--out", str(out), "--device", "cpu", "--json"]
+    assert main(["calibrate", str(never_refuses_dir), *files.options(), *options]) == 3
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "refused 0 of" in said.err
+    assert "No guard written" in said.err
+    assert out.read_bytes() == b"the guard of before"
+
+
+def test_calibrate_ends_with_two_where_the_folder_for_the_guard_is_missing(
+    tiny_refuser_dir: Path,
+    files: PromptFiles,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "missing" / "guard.safetensors"
+    assert main(["calibrate", str(tiny_refuser_dir), *files.options(), "--out", str(out)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert str(out.parent) in said.err
+    assert not out.parent.exists()
+
+
+def test_calibrate_ends_with_two_on_a_bad_line_and_names_it(
+    tiny_refuser_dir: Path,
+    files: PromptFiles,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "ask steal car"}\n{"text": \n')
+    out = tmp_path / "guard.safetensors"
+    options = ["--harmful", str(bad), "--out", str(out)]
+    assert main(["calibrate", str(tiny_refuser_dir), *files.options()[2:], *options]) == 2
+    assert f"{bad}, line 2" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [bad]
+
+
+# --- interrupted ----------------------------------------------------------------------------------
+
+
+class Interrupted:
+    """Progress of a user who presses Ctrl-C after some prompts of a stage."""
+
+    def __init__(self, stage: str, after: int) -> None:
+        self._at, self._left, self._name = stage, after, ""
+
+    def stage(self, name: str, total: int | None) -> None:  # noqa: ARG002
+        """Remember where we are."""
+        self._name = name
+
+    def advance(self, n: int = 1) -> None:
+        """Count down, and press."""
+        if self._name == self._at:
+            self._left -= n
+            if self._left <= 0:
+                raise KeyboardInterrupt
+
+    def note(self, text: str) -> None:
+        """Read nothing."""
+
+
+class Counting(TransformersSubject):
+    """A subject that counts the prompts it has to run for their hidden states at all layers."""
+
+    captured = 0
+
+    def prefill(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> BaseStep:
+        """Count, then run."""
+        self.captured += len(prompts) if len(capture) == self.identity.n_layers else 0
+        return super().prefill(prompts, capture)
+
+
+BATCH = 16
+Run = Callable[..., tuple[CalibrationResult, int]]
+
+
+@pytest.fixture
+def run(tiny_refuser_dir: Path, files: PromptFiles, tmp_path: Path) -> Run:
+    """Calibrate with a work folder that stays, and tell how many prompts were captured."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_refuser_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_refuser_dir)
+
+    def calibrated(
+        progress: Progress | None = None, fingerprint: str = "same", **settings: object
+    ) -> tuple[CalibrationResult, int]:
+        subject = Counting(model, tokenizer, "tiny-refuser")
+        config = files.config(
+            tiny_refuser_dir,
+            tmp_path / "guard.safetensors",
+            batch_size=BATCH,
+            n_controls=20,
+            test_prompts=6,
+            **settings,
+        )
+        work = WorkFolder(config.work_folder, fingerprint)
+        prompts = gather_prompts(config)
+        result = calibrate_subject(subject, prompts, config, work, progress or Silent())
+        return result, subject.captured
+
+    return calibrated
+
+
+def pieces(folder: Path) -> dict[str, tuple[int, int]]:
+    """Finished batches, with inode and time of writing."""
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.glob("*.safetensors")}
+
+
+def test_an_interrupted_calibration_goes_on_and_ends_in_the_same_guard(
+    run: Run, tmp_path: Path
+) -> None:
+    work = tmp_path / "guard.safetensors.work"
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted("capture hidden states", 5 * BATCH))
+    kept = pieces(work)
+    finished = [name for name in kept if not name.startswith("listen")]
+    assert len(finished) == 5
+    assert not (tmp_path / "guard.safetensors").exists()
+
+    resumed, captured = run()
+    after = pieces(work)
+    assert {name: after[name] for name in kept} == kept, "a finished batch was written again"
+
+    shutil.rmtree(work)
+    whole, captured_whole = run()
+    assert captured_whole - captured == 5 * BATCH
+    assert_same_guard(resumed.artifact, whole.artifact)
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "not safetensors", "flipped bit", "other tensors"]
+)
+def test_a_damaged_piece_is_computed_again(run: Run, tmp_path: Path, damage: str) -> None:
+    stop = ("capture hidden states", 3 * BATCH)
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted(*stop))
+    piece = tmp_path / "guard.safetensors.work" / "train-0001.safetensors"
+    before, good = pieces(piece.parent), piece.read_bytes()
+    piece.write_bytes(
+        {
+            "truncated": good[: len(good) // 2],
+            "empty": b"",
+            "not safetensors": b"\x80\x04" + good[2:],
+            "flipped bit": good[:-1] + bytes([good[-1] ^ 0x40]),  # a float32's exponent
+            "other tensors": save_tensors({"tokens": torch.zeros(BATCH, 2)}),
+        }[damage]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted(*stop))
+    assert piece.read_bytes() == good
+    after = pieces(piece.parent)
+    assert after.pop(piece.name) != before.pop(piece.name)
+    assert after == before, "a good piece was computed again"
+
+
+def test_another_fingerprint_starts_anew(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted("capture hidden states", 3 * BATCH))
+    before = pieces(tmp_path / "guard.safetensors.work")
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted("listen to refusals", BATCH), fingerprint="other")
+    left = pieces(tmp_path / "guard.safetensors.work")
+    assert len(before) > 3
+    assert set(left) == {"listen-0000.safetensors"}
+    assert left["listen-0000.safetensors"] != before["listen-0000.safetensors"]
+
+
+@pytest.mark.parametrize("change", ["seed", "model", "nothing"])
+def test_a_changed_seed_or_model_starts_anew_and_an_unchanged_run_goes_on(
+    tiny_refuser_dir: Path,
+    never_refuses_dir: Path,
+    files: PromptFiles,
+    tmp_path: Path,
+    change: str,
+) -> None:
+    out = tmp_path / "guard.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(
+            files.config(tiny_refuser_dir, out, batch_size=BATCH),
+            Interrupted("capture hidden states", BATCH),
+        )
+    work = tmp_path / "guard.safetensors.work"
+    before = pieces(work)
+    model = never_refuses_dir if change == "model" else tiny_refuser_dir
+    settings = {"seed": 1} if change == "seed" else {}
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(
+            files.config(model, out, batch_size=BATCH, **settings),
+            Interrupted("listen to refusals", BATCH),
+        )
+    after = pieces(work)
+    if change == "nothing":
+        assert after == before
+    else:
+        assert set(after) == {"listen-0000.safetensors"}
+        assert after["listen-0000.safetensors"] != before["listen-0000.safetensors"]
+
+
+def test_the_work_folder_leaves_a_users_own_files_alone(tmp_path: Path) -> None:
+    """`--work-dir` may name a folder that holds other things, such as the model itself."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "notes.txt").write_text("notes")
+    work = WorkFolder(tmp_path, "fingerprint")
+    work.save("train-0000", {"instruction": torch.zeros(1)})
+    work.remove()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "notes.txt"]
+
+
+# --- no room on the disk --------------------------------------------------------------------------
+
+
+@contextmanager
+def file_limit(n_bytes: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond `n_bytes`: a disk that is full, but only for us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_guard_that_cannot_be_written_whole_leaves_the_old_one(
+    done: Done, tmp_path: Path
+) -> None:
+    old = tmp_path / "guard.safetensors"
+    shutil.copy(done.config.out, old)
+    before = old.read_bytes()
+    assert len(before) > 2048
+    with file_limit(2048), pytest.raises(ArtifactError) as raised:
+        save_artifact(done.artifact, old)
+    assert str(old) in str(raised.value)
+    assert "untouched" in str(raised.value)
+    assert raised.value.exit_code == 2
+    assert old.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [old], "half a file was left"
+
+
+def test_calibrate_on_a_full_disk_ends_with_two_and_names_the_file(
+    tiny_refuser_dir: Path,
+    files: PromptFiles,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "guard.safetensors"
+    out.write_bytes(b"the guard of before")
+    options = ["--out", str(out), "--device", "cpu"]
+    with file_limit(20_000):  # a batch of states needs more
+        code = main(["calibrate", str(tiny_refuser_dir), *files.options(), *options])
+    said = capsys.readouterr()
+    assert code == 2, said.err
+    assert f"{out}.work/train-0000.safetensors" in said.err
+    assert out.read_bytes() == b"the guard of before"
+
+
+def test_a_picture_that_cannot_be_written_is_an_artifact_error(done: Done, tmp_path: Path) -> None:
+    (tmp_path / "candidates.png").mkdir()
+    with pytest.raises(ArtifactError, match=re.escape(str(tmp_path / "candidates.png"))):
+        write_report(done.result, tmp_path)
+
+
+def test_a_small_filesystem_that_is_full_leaves_the_old_guard(done: Done, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = shutil.which("mount")
+    mounted = mount and subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True
+    )
+    if not mounted or mounted.returncode != 0:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        old = small / "guard.safetensors"
+        save_artifact(done.artifact, old)
+        before = old.read_bytes()
+        with (small / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        with pytest.raises(ArtifactError, match=re.escape(str(old))):
+            save_artifact(done.artifact, old)
+        assert old.read_bytes() == before
+        assert sorted(p.name for p in small.iterdir()) == ["filler", "guard.safetensors"]
+    finally:
+        subprocess.run(["umount", str(small)], check=True, capture_output=True)
