@@ -153,6 +153,8 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
         front._task = loop.create_task(front._work())
 
     def add_request(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_request(kwargs.get("params", args[2] if len(args) > 2 else None))
+
         async def guarded() -> Any:
             await self.trimtab.ensure_armed()
             return await original(self, *args, **kwargs)
@@ -204,6 +206,23 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
     wrap(LLMEngine, "__init__", init_sync)
     wrap(OutputProcessor, "_finish_request", finish)
     wrap(OutputProcessor, "abort_requests", abort)
+
+
+def _check_request(params: Any) -> None:
+    """Refuse a request that names anything of the guard's; vLLM answers 400.
+
+    Raises:
+        ValueError: what vLLM takes for a client's fault.
+    """
+    named = [
+        name
+        for name in getattr(params, "extra_args", None) or {}
+        if name.lower().startswith("trimtab")
+    ]
+    if named:
+        raise ValueError(
+            f"vllm_xargs {', '.join(named)}: the guard is the operator's, no request can change it"
+        )
 
 
 @functools.lru_cache(maxsize=8)

@@ -35,5 +35,4 @@ def vllm_guard(vllm_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     subprocess.run(
         [*command, str(vllm_model_dir), str(out)], cwd=ROOT, env=vllm_env(folder), check=True
     )
-    os.environ["TRIMTAB_TEST_GUARD"] = str(out)
     return out

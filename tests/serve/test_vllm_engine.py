@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from guard.artifact import load_artifact
 from tests.serve.vllm_setup import ROOT, vllm_env
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -68,27 +68,23 @@ def within_budget(record: dict[str, Any]) -> bool:
 # ------------------------------------------------------------------ zones
 
 
-def test_zones_are_those_of_the_transformers_engine_on_sixty_prompts(run: Run) -> None:
+def test_zones_are_those_of_the_transformers_engine_on_sixty_prompts(
+    run: Run, vllm_guard: Path
+) -> None:
     here = [answer["record"] for answer in run("zones", n_each=20)[0]]
     there = run("reference", n_each=20)
     assert len(here) == len(there) == 60
     gap = max(abs(a["score"] - b["score"]) for a, b in zip(here, there, strict=True))
     spread = max(b["score"] for b in there) - min(b["score"] for b in there)
     assert gap < 0.03 * spread  # bfloat16, other kernels
-    cuts = cut_points(run)
+    gate = load_artifact(vllm_guard).manifest.gate
+    assert gate.lower_below is not None
+    cuts = (gate.raise_above, gate.lower_below)
     close = [i for i, b in enumerate(there) if min(abs(b["score"] - c) for c in cuts) <= gap]
     differ = [i for i in range(60) if here[i]["zone"] != there[i]["zone"]]
     assert set(differ) <= set(close)  # a score nearer to a threshold than rounding may fall over
     assert len(differ) <= 2
     assert {a["zone"] for a in here} == {"pass", "raise", "lower"}
-
-
-def cut_points(_: Run) -> list[float]:
-    from guard.artifact import load_artifact
-
-    gate = load_artifact(Path(os.environ["TRIMTAB_TEST_GUARD"])).manifest.gate
-    assert gate.lower_below is not None
-    return [gate.raise_above, gate.lower_below]
 
 
 def test_a_prompt_that_lies_whole_in_the_prefix_cache_is_scored_by_its_slots(run: Run) -> None:
