@@ -97,6 +97,10 @@ def _rules(config: Any) -> list[tuple[bool, str]]:
             "drop --kv-sharing-fast-prefill: it skips layers that the gate reads",
         ),
         (
+            getattr(config, "weight_transfer_config", None) is not None,
+            "drop --weight-transfer-config: a guard is made for weights that do not change",
+        ),
+        (
             load_format not in _LOAD_FORMATS,
             f"use --load-format {' or '.join(_LOAD_FORMATS)}: weights from elsewhere cannot be"
             " identified",

@@ -205,7 +205,10 @@ class V1Runner:
         )
         metadata = {}
         for group in runner.attn_groups[0]:
-            built = group.build_metadata(common, 0)
+            if hasattr(group, "build_metadata"):
+                built = group.build_metadata(common, 0)
+            else:  # before 0.32 every group has blocks of the cache's own size
+                built = group.get_metadata_builder(0).build(0, common)
             metadata.update(dict.fromkeys(group.layer_names, built))
         return metadata
 
