@@ -79,8 +79,8 @@ class Runner(Protocol):
     def slots_written(self) -> Tensor:
         """(n_tokens,) int64: the KV slot of every token of this step."""
 
-    def slot_of(self, row: int, place: int) -> int:
-        """The KV slot of a row's token at `place`, from 0."""
+    def slots_of(self, rows: Sequence[int], places: Sequence[int]) -> Tensor:
+        """(len(rows),) int64: the KV slot of each row's token at its place, from 0."""
 
     def hidden(self, layer: int) -> Tensor:
         """(n_tokens, d_model): the residual stream before `layer`, of every token of this step."""
@@ -143,9 +143,9 @@ class SlotScores:
         source, target = zip(*copies, strict=True)
         blocks[list(target)] = blocks[list(source)]
 
-    def read(self, slots: Sequence[int]) -> list[float]:
-        """The scores of some slots; NaN where nothing was ever written."""
-        values: list[float] = self._scores[list(slots)].tolist()
+    def read(self, slots: Tensor) -> list[float]:
+        """The scores of some slots, (n,) int64; NaN where nothing was ever written."""
+        values: list[float] = self._scores[slots].tolist()
         return values
 
     def clear(self) -> None:
@@ -288,9 +288,7 @@ class StepGuard:
         began = time.perf_counter()
         suffix = self.artifact.manifest.gate.instruction_suffix_ids
         places = [gate_position(runner.prompt_ids(row.request_id), suffix) for row in rows]
-        scores = self._scores.read(
-            [runner.slot_of(row.row, place) for row, place in zip(rows, places, strict=True)]
-        )
+        scores = self._scores.read(runner.slots_of([row.row for row in rows], places))
         refusal_probs = refusal_probability(
             logits[[row.row for row in rows]], self._refusal_ids, self._refusal_weights
         ).tolist()

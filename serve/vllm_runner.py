@@ -1,4 +1,4 @@
-"""vLLM's V1 model runner (CPU, and GPUs without the V2 runner) as the guard sees it.
+"""vLLM's model runners as the guard sees them: V1 (CPU, and where vLLM chooses it) and V2 (GPU).
 
 The base pass is vLLM's own, compiled or in CUDA graphs, and only asked to return the residual
 stream before a few layers beside its output: the auxiliary hidden states that EAGLE-3 uses, so
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from guard.errors import UnsupportedModelError
 from serve.vllm_guard import SamplingRow, StepGuard
 
-__all__ = ["V1Runner", "attach_v1"]
+__all__ = ["ModelRunner", "attach_v1", "attach_v2"]
 
 _GREEDY_BELOW = 1e-5  # vLLM's own limit
 
 
-class V1Runner:
-    """One step of a `GPUModelRunner` or `CPUModelRunner`, between its forward and its sampler.
+class ModelRunner:
+    """What both runners have in common.
 
     Args:
         runner: the model runner.
@@ -43,8 +43,8 @@ class V1Runner:
         self._index = {layer: i for i, layer in enumerate(layers)}
         self._model: Any = runner.get_model()
         self._body = _decoder(self._model)
+        self._compute_logits = self._model.compute_logits
         _ask_for_hidden_states(runner, self._model, layers)
-        self._state: Any = None
 
     @property
     def n_slots(self) -> int:
@@ -91,9 +91,69 @@ class V1Runner:
                 " start vLLM with --disable-sliding-window"
             )
 
-    def begin(self, state: Any) -> None:
-        """Take the step that has just run, an `ExecuteModelState`."""
-        self._state = state
+    def agree(self, readings: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        """The first tensor-parallel rank's readings, on every rank."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        group = get_tp_group()
+        if group.world_size == 1:
+            return readings
+        agreed: list[tuple[float, float]] = group.broadcast_object(readings, src=0)
+        return agreed
+
+    def _run(
+        self, layer: int, hidden: Tensor, seq_lens: Tensor, seen: Tensor, table: Tensor
+    ) -> Tensor:
+        """Logits of one query token per row, entered at `layer`, over the row's own KV blocks.
+
+        Args:
+            layer: the first to run.
+            hidden: (n_rows, d_model) entering it.
+            seq_lens: (n_rows,) int32 on the device, the query token included.
+            seen: the same on the host, or an upper bound.
+            table: (n_rows, n_blocks) int32.
+        """
+        from vllm.forward_context import set_forward_context
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        n, device = len(hidden), hidden.device
+        positions = seq_lens.long() - 1
+        starts = torch.arange(n + 1, dtype=torch.int32)
+        common = CommonAttentionMetadata(
+            query_start_loc=starts.to(device),
+            query_start_loc_cpu=starts,
+            seq_lens=seq_lens,
+            num_reqs=n,
+            num_actual_tokens=n,
+            max_query_len=1,
+            max_seq_len=int(seen.max()),
+            block_table_tensor=table,
+            slot_mapping=torch.full((n,), -1, dtype=torch.int64, device=device),
+            causal=True,
+            positions=positions,
+            is_prefilling=torch.zeros(n, dtype=torch.bool),
+            seq_lens_cpu_upper_bound=seen,
+        )
+        metadata: dict[str, Any] = {}
+        for group in self._runner.attn_groups[0]:
+            if hasattr(group, "build_metadata"):
+                built = group.build_metadata(common, 0)
+            else:  # before 0.32 every group has blocks of the cache's own size
+                built = group.get_metadata_builder(0).build(0, common)
+            metadata.update(dict.fromkeys(group.layer_names, built))
+        with set_forward_context(metadata, self._runner.vllm_config, num_tokens=n, slot_mapping={}):
+            stream, residual = hidden, None
+            for decoder in self._body.layers[layer:]:
+                stream, residual = decoder(positions, stream, residual)
+            stream, _ = self._body.norm(stream, residual)
+            logits: Tensor = self._compute_logits(stream)
+        return logits
+
+
+class _V1(ModelRunner):
+    """One step of a `GPUModelRunner` or `CPUModelRunner`, between its forward and its sampler."""
+
+    state: Any = None  # the ExecuteModelState of the step that has just run
 
     def sampling_rows(self) -> list[SamplingRow]:
         """The rows that sample; prompts that are not finished do not."""
@@ -106,14 +166,13 @@ class V1Runner:
             if skipped[row]:
                 continue
             request = runner.requests[request_id]
-            temperature = float(request.sampling_params.temperature)
             rows.append(
                 SamplingRow(
                     row=row,
                     request_id=request_id,
                     position=seen[row] - request.num_prompt_tokens,
                     n_prompt=request.num_prompt_tokens,
-                    temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
+                    temperature=_temperature(request.sampling_params),
                 )
             )
         return rows
@@ -129,15 +188,19 @@ class V1Runner:
         slots: Tensor = table.slot_mapping.gpu[: self._n_tokens]
         return slots
 
-    def slot_of(self, row: int, place: int) -> int:
-        """The KV slot of a row's token at `place`, from 0."""
+    def slots_of(self, rows: Sequence[int], places: Sequence[int]) -> Tensor:
+        """(len(rows),) int64: the KV slot of each row's token at its place, from 0."""
         table = self._runner.input_batch.block_table[0]
-        block = int(table.block_table.np[row, place // table.block_size])
-        return block * int(table.block_size) + place % int(table.block_size)
+        size = int(table.block_size)
+        slots = [
+            int(table.block_table.np[row, place // size]) * size + place % size
+            for row, place in zip(rows, places, strict=True)
+        ]
+        return torch.tensor(slots, device=self._runner.device)
 
     def hidden(self, layer: int) -> Tensor:
         """(n_tokens, d_model): the residual stream before `layer`, of every token of this step."""
-        stream: Tensor = self._state.aux_hidden_states[self._index[layer]]
+        stream: Tensor = self.state.aux_hidden_states[self._index[layer]]
         return stream[: self._n_tokens]
 
     def last_hidden(self, layer: int) -> Tensor:
@@ -148,94 +211,154 @@ class V1Runner:
 
     def last_token_again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
         """(len(rows), vocab) logits of the rows' last tokens, entered at `layer` with `hidden`."""
-        from vllm.forward_context import set_forward_context
-
         runner = self._runner
         index = torch.tensor(rows, device=hidden.device)
-        positions = runner.seq_lens[index].long() - 1
-        metadata = self._attention_metadata(rows, index, positions)
-        with set_forward_context(
-            metadata, runner.vllm_config, num_tokens=len(rows), slot_mapping={}
-        ):
-            stream, residual = hidden, None
-            for decoder in self._body.layers[layer:]:
-                stream, residual = decoder(positions, stream, residual)
-            stream, _ = self._body.norm(stream, residual)
-            logits: Tensor = self._model.compute_logits(stream)
-        return logits
-
-    def agree(self, readings: list[tuple[float, float]]) -> list[tuple[float, float]]:
-        """The first tensor-parallel rank's readings, on every rank."""
-        from vllm.distributed.parallel_state import get_tp_group
-
-        group = get_tp_group()
-        if group.world_size == 1:
-            return readings
-        agreed: list[tuple[float, float]] = group.broadcast_object(readings, src=0)
-        return agreed
+        table = runner.input_batch.block_table[0].get_device_tensor(runner.input_batch.num_reqs)
+        seen = runner.optimistic_seq_lens_cpu[list(rows)]
+        return self._run(layer, hidden, runner.seq_lens[index], seen, table[index].contiguous())
 
     @property
     def _n_tokens(self) -> int:
-        return int(self._state.scheduler_output.total_num_scheduled_tokens)
-
-    def _attention_metadata(
-        self, rows: Sequence[int], index: Tensor, positions: Tensor
-    ) -> dict[str, Any]:
-        """One query token per row, over the row's own blocks; as vLLM builds it for a decode."""
-        from vllm.v1.attention.backend import CommonAttentionMetadata
-
-        runner, n = self._runner, len(rows)
-        seen = runner.optimistic_seq_lens_cpu[list(rows)]
-        table = runner.input_batch.block_table[0].get_device_tensor(runner.input_batch.num_reqs)
-        starts = torch.arange(n + 1, dtype=torch.int32)
-        common = CommonAttentionMetadata(
-            query_start_loc=starts.to(index.device),
-            query_start_loc_cpu=starts,
-            seq_lens=runner.seq_lens[index],
-            num_reqs=n,
-            num_actual_tokens=n,
-            max_query_len=1,
-            max_seq_len=int(seen.max()),
-            block_table_tensor=table[index].contiguous(),
-            slot_mapping=torch.full((n,), -1, dtype=torch.int64, device=index.device),
-            causal=True,
-            positions=positions,
-            is_prefilling=torch.zeros(n, dtype=torch.bool),
-            seq_lens_cpu_upper_bound=seen,
-        )
-        metadata = {}
-        for group in runner.attn_groups[0]:
-            if hasattr(group, "build_metadata"):
-                built = group.build_metadata(common, 0)
-            else:  # before 0.32 every group has blocks of the cache's own size
-                built = group.get_metadata_builder(0).build(0, common)
-            metadata.update(dict.fromkeys(group.layer_names, built))
-        return metadata
+        return int(self.state.scheduler_output.total_num_scheduled_tokens)
 
 
-def attach_v1(runner: Any, guard: StepGuard) -> V1Runner:
+class _V2(ModelRunner):
+    """One step of the V2 `GPUModelRunner`, inside its `sample`."""
+
+    batch: Any = None  # the InputBatch
+    aux: Any = None  # auxiliary hidden states
+    tables: Any = None  # per KV cache group: (n_rows, n_blocks)
+    slots: Any = None  # (n_groups, n_tokens)
+
+    def __init__(self, runner: Any, layers: Sequence[int]) -> None:
+        super().__init__(runner, layers)
+        self.prompts: dict[str, tuple[Sequence[int], float]] = {}
+
+    def sampling_rows(self) -> list[SamplingRow]:
+        """The rows that sample; prompts that are not finished do not."""
+        batch = self.batch
+        rows = []
+        for row, request_id in enumerate(batch.req_ids):
+            seen = int(batch.num_computed_tokens_np[row] + batch.num_scheduled_tokens[row])
+            if seen < int(batch.prefill_len_np[row]):
+                continue
+            prompt, temperature = self.prompts[request_id]
+            rows.append(SamplingRow(row, request_id, seen - len(prompt), len(prompt), temperature))
+        return rows
+
+    def prompt_ids(self, request_id: str) -> Sequence[int]:
+        """Token ids of a request's prompt."""
+        return self.prompts[request_id][0]
+
+    def slots_written(self) -> Tensor:
+        """(n_tokens,) int64: the KV slot of every token of this step."""
+        slots: Tensor = self.slots[0][: self.batch.num_tokens]
+        return slots.long()
+
+    def slots_of(self, rows: Sequence[int], places: Sequence[int]) -> Tensor:
+        """(len(rows),) int64: the KV slot of each row's token at its place, from 0."""
+        size = int(self._runner.block_tables.kernel_block_sizes[0])
+        table: Tensor = self.tables[0]
+        where = torch.tensor(places, device=table.device)
+        blocks = table[torch.tensor(rows, device=table.device), where // size]
+        return blocks.long() * size + where % size
+
+    def hidden(self, layer: int) -> Tensor:
+        """(n_tokens, d_model): the residual stream before `layer`, of every token of this step."""
+        stream: Tensor = self.aux[self._index[layer]]
+        return stream[: self.batch.num_tokens]
+
+    def last_hidden(self, layer: int) -> Tensor:
+        """(n_rows, d_model): likewise, of the last token of each row."""
+        return self.hidden(layer)[self.batch.logits_indices.long()]
+
+    def last_token_again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """(len(rows), vocab) logits of the rows' last tokens, entered at `layer` with `hidden`."""
+        index = torch.tensor(rows, device=hidden.device)
+        seen = self.batch.seq_lens_cpu_upper_bound[list(rows)]
+        table = self.tables[0][index].contiguous()
+        return self._run(layer, hidden, self.batch.seq_lens[index], seen, table)
+
+
+def attach_v1(runner: Any, guard: StepGuard) -> ModelRunner:
     """Put the guard between a V1 runner's forward pass and its sampler.
 
     Raises:
         UnsupportedModelError: this model cannot be guarded.
     """
-    view = V1Runner(runner, guard.layers)
+    view = _V1(runner, guard.layers)
     execute_model = runner.execute_model
 
     def guarded_execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        guard.end(list(scheduler_output.finished_req_ids))
-        copies = getattr(scheduler_output, "kv_cache_block_copies", None)
-        if copies:
-            guard.copy_blocks([(c.src_block_id, c.dst_block_id) for c in copies], view.n_blocks)
+        _follow(guard, view, scheduler_output)
         output = execute_model(scheduler_output, *args, **kwargs)
         state = runner.execute_model_state
         if output is None and state is not None:
-            view.begin(state)
+            view.state = state
             runner.execute_model_state = state._replace(logits=guard.step(view, state.logits))
         return output
 
     runner.execute_model = guarded_execute_model
     return view
+
+
+def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
+    """Put the guard into the V2 runner's `sample`, between logits and grammar.
+
+    Raises:
+        UnsupportedModelError: this model cannot be guarded.
+    """
+    view = _V2(runner, guard.layers)
+    model = runner.get_model()
+    execute_model, prepare_attn = runner.execute_model, runner.prepare_attn
+    sample_tokens, sample = runner.sample_tokens, runner.sample
+
+    def guarded_execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        _follow(guard, view, scheduler_output)
+        for request_id in scheduler_output.finished_req_ids:
+            view.prompts.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            if new.sampling_params is not None:
+                prompt = new.prompt_token_ids
+                view.prompts[new.req_id] = (prompt, _temperature(new.sampling_params))
+        return execute_model(scheduler_output, *args, **kwargs)
+
+    def noting_prepare_attn(input_batch: Any) -> Any:
+        view.tables, view.slots = found = prepare_attn(input_batch)
+        return found
+
+    def noting_sample_tokens(*args: Any, **kwargs: Any) -> Any:
+        state = runner.execute_model_state
+        if state is not None:
+            view.batch, view.aux = state.input_batch, state.aux_hidden_states
+        return sample_tokens(*args, **kwargs)
+
+    def guarded_sample(*args: Any, **kwargs: Any) -> Any:
+        # `compute_logits` also serves prompt logprobs and dummy runs: it is ours only in here.
+        compute_logits = model.compute_logits
+        model.compute_logits = lambda hidden: guard.step(view, compute_logits(hidden))
+        try:
+            return sample(*args, **kwargs)
+        finally:
+            del model.compute_logits
+
+    runner.execute_model = guarded_execute_model
+    runner.prepare_attn = noting_prepare_attn
+    runner.sample_tokens = noting_sample_tokens
+    runner.sample = guarded_sample
+    return view
+
+
+def _follow(guard: StepGuard, view: ModelRunner, scheduler_output: Any) -> None:
+    """What the scheduler says before a step: requests that are over, blocks that are copied."""
+    guard.end(list(scheduler_output.finished_req_ids))
+    copies = getattr(scheduler_output, "kv_cache_block_copies", None)
+    if copies:
+        guard.copy_blocks([(c.src_block_id, c.dst_block_id) for c in copies], view.n_blocks)
+
+
+def _temperature(params: Any) -> float:
+    return 0.0 if params.temperature < _GREEDY_BELOW else float(params.temperature)
 
 
 def _decoder(model: nn.Module) -> Any:

@@ -17,7 +17,7 @@ from guard.policy import Policy
 from guard.session import Record
 from serve.canary import CanaryReading, check_reading, compare
 from serve.vllm_guard import GuardedRequest, Runner, StepGuard
-from serve.vllm_runner import V1Runner, attach_v1
+from serve.vllm_runner import ModelRunner, attach_v1, attach_v2
 
 __all__ = ["WorkerGuard"]
 
@@ -46,18 +46,15 @@ class WorkerGuard:
         self._worker = worker
         self._artifact = artifact
         runner = worker.model_runner
-        if not hasattr(runner, "discard_request_mask"):
-            raise UnsupportedModelError(
-                f"{type(runner).__module__} is not vLLM's V1 model runner; set"
-                " VLLM_USE_V2_MODEL_RUNNER=0"
-            )
         n_layers = runner.model_config.get_num_layers(runner.parallel_config)
         self.guard = StepGuard(artifact, policy, runner.device)
         if self.guard.layers[-1] >= n_layers:
             raise UnsupportedModelError(
                 f"the guard reads layers {self.guard.layers} of a {n_layers}-layer model"
             )
-        self._view: V1Runner = attach_v1(runner, self.guard)
+        is_v1 = hasattr(runner, "discard_request_mask")
+        attach = attach_v1 if is_v1 else attach_v2
+        self._view: ModelRunner = attach(runner, self.guard)
         self.readings: list[CanaryReading] = []
 
     @property
@@ -192,6 +189,7 @@ def _new_request(name: str, prompt: list[int], blocks: list[int]) -> Any:
         block_ids=(blocks,),
         num_computed_tokens=0,
         lora_request=None,
+        prefill_token_ids=prompt,  # read by the V2 runner only
     )
 
 
