@@ -56,8 +56,6 @@ class Front:
     """
 
     def __init__(self, engine: Any, artifact: CarrierArtifact, policy: Policy) -> None:
-        from vllm.v1.metrics.prometheus import get_prometheus_registry
-
         self._engine, self._artifact = engine, artifact
         self._ended: dict[str, _Ended] = {}
         self._armed = False
@@ -65,10 +63,10 @@ class Front:
         self._task: asyncio.Task[None] | None = None
         names = engine.vllm_config.model_config.served_model_name
         self.metrics = _metrics(
-            get_prometheus_registry(),
             names if isinstance(names, str) else names[0],
             policy.mode,
-            artifact,
+            artifact.artifact_id,
+            artifact.manifest.format_version,
         )
         self.metrics.set_armed(False)
 
@@ -212,28 +210,29 @@ def _check_request(params: Any) -> None:
     """Refuse a request that names anything of the guard's; vLLM answers 400.
 
     Raises:
-        ValueError: what vLLM takes for a client's fault.
+        VLLMValidationError: vLLM's own word for a client's fault.
     """
+    from vllm.exceptions import VLLMValidationError
+
     named = [
         name
         for name in getattr(params, "extra_args", None) or {}
         if name.lower().startswith("trimtab")
     ]
     if named:
-        raise ValueError(
-            f"vllm_xargs {', '.join(named)}: the guard is the operator's, no request can change it"
+        raise VLLMValidationError(
+            f"vllm_xargs {', '.join(named)}: the guard is the operator's, no request can change it",
+            parameter="vllm_xargs",
         )
 
 
 @functools.lru_cache(maxsize=8)
-def _metrics(registry: Any, model: str, mode: str, artifact: CarrierArtifact) -> GuardMetrics:
-    """One set per registry, which outlives the engines of a process."""
+def _metrics(model: str, mode: str, artifact_id: str, format_version: int) -> GuardMetrics:
+    """One set per process, which outlives its engines; vLLM's /metrics shows this registry."""
+    from prometheus_client import REGISTRY
+
     return GuardMetrics(
-        registry,
-        model=model,
-        mode=mode,
-        artifact_id=artifact.artifact_id,
-        format_version=artifact.manifest.format_version,
+        REGISTRY, model=model, mode=mode, artifact_id=artifact_id, format_version=format_version
     )
 
 
