@@ -67,6 +67,10 @@ class Runner(Protocol):
         """How many KV slots there are."""
 
     @property
+    def n_ranks(self) -> int:
+        """How many tensor-parallel ranks take this step together."""
+
+    @property
     def end_token_ids(self) -> Sequence[int]:
         """Tokens that end a response."""
 
@@ -295,9 +299,8 @@ class StepGuard:
         readings = runner.agree(list(zip(scores, refusal_probs, strict=True)))
         seconds = time.perf_counter() - began
         for row, (score, refusal_prob) in zip(rows, readings, strict=True):
-            state = GuardedRequest(
-                GuardSession(self.artifact, self.policy), row.n_prompt, gate_seconds=seconds
-            )
+            session = GuardSession(self.artifact, self.policy, lockstep=runner.n_ranks > 1)
+            state = GuardedRequest(session, row.n_prompt, gate_seconds=seconds)
             self.requests[row.request_id] = state
             if row.position != 0:
                 self._fail(row.request_id, "its first token was sampled before the guard saw it")

@@ -58,6 +58,11 @@ class ModelRunner:
         return int(self._runner.kv_cache_config.num_blocks)
 
     @property
+    def n_ranks(self) -> int:
+        """How many tensor-parallel ranks take this step together."""
+        return int(self._runner.parallel_config.tensor_parallel_size)
+
+    @property
     def end_token_ids(self) -> Sequence[int]:
         """Tokens that end a response."""
         config = self._runner.model_config

@@ -171,3 +171,14 @@ def test_a_storm_with_aborts_and_preemptions_mixes_nothing_up(run: Run) -> None:
         assert within_budget(record)
         # Its own prompt's score, whatever else was in the batch and however it was cut up.
         assert abs(record["score"] - scores[int(name[1:])]) < 0.03 * spread
+
+
+def test_two_tensor_parallel_ranks_read_and_spend_the_same(run: Run) -> None:
+    seen = run("two_ranks", n_each=6)
+    assert [status["rank"] for status in seen["statuses"]] == [0, 1]
+    assert all(status["armed"] for status in seen["statuses"])
+    first, second = seen["ranks"]
+    assert len(first) >= 18
+    assert first == second
+    assert {record["zone"] for record in first.values()} == {"pass", "raise", "lower"}
+    assert all(r["kl_nats"] <= r["budget_nats"] + 1e-9 for r in first.values())

@@ -257,7 +257,9 @@ def storm(model: str, out: Path, options: dict[str, Any]) -> None:
     engine.chat(["Hello"], [SamplingParams(max_tokens=1, temperature=0.0)])
     engine.chat(["Hello"], [SamplingParams(max_tokens=1, temperature=0.0)])
     preemptions = sum(
-        metric.value for metric in engine.llm.get_metrics() if "preemptions" in metric.name
+        getattr(metric, "value", 0)  # histograms have none
+        for metric in engine.llm.get_metrics()
+        if metric.name.startswith("vllm:num_preemptions")
     )
     out.write_text(
         json.dumps(
@@ -270,6 +272,26 @@ def storm(model: str, out: Path, options: dict[str, Any]) -> None:
             }
         )
     )
+
+
+def two_ranks(model: str, out: Path, options: dict[str, Any]) -> None:
+    """Tensor parallelism: what each rank's guard did, over the RPC that operators have."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model, enforce_eager=True, max_model_len=1024, max_num_seqs=16, tensor_parallel_size=2
+    )
+    prompts = texts(options["n_each"])
+    params = [
+        SamplingParams(temperature=TEMPERATURES[i % 4], seed=i, max_tokens=20)
+        for i in range(len(prompts))
+    ]
+    llm.chat([[{"role": "user", "content": text}] for text in prompts], params, use_tqdm=False)
+    llm.chat([{"role": "user", "content": "Hello"}], SamplingParams(max_tokens=1), use_tqdm=False)
+    ranks = [json.loads(reply) for reply in llm.collective_rpc("trimtab_drain")]
+    statuses = [json.loads(reply) for reply in llm.collective_rpc("trimtab_status")]
+    found = [{k: v["record"] for k, v in rank.items()} for rank in ranks]
+    out.write_text(json.dumps({"ranks": found, "statuses": statuses}))
 
 
 def refused(model: str, out: Path, _: dict[str, Any]) -> None:
@@ -314,7 +336,8 @@ def start(model: str, out: Path, options: dict[str, Any]) -> None:
 
 
 SCENARIOS: dict[str, Callable[[str, Path, dict[str, Any]], None]] = {
-    f.__name__: f for f in (make_guard, reference, answers, zones, prefix, storm, refused, start)
+    f.__name__: f
+    for f in (make_guard, reference, answers, zones, prefix, storm, two_ranks, refused, start)
 }
 
 if __name__ == "__main__":
