@@ -151,6 +151,23 @@ def test_a_request_cannot_name_anything_of_the_guards(server: str, field: str) -
     assert "operator" in reply.text
 
 
+def test_vllms_own_benchmark_runs_against_it_unchanged(
+    server: str, vllm_model_dir: Path, tmp_path: Path
+) -> None:
+    size = ["--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "8"]
+    size += ["--num-prompts", "6"]
+    where = ["--base-url", server, "--model", "qwen", "--tokenizer", str(vllm_model_dir)]
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *where, *size],
+        env=vllm_env(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Successful requests:                     6" in done.stdout
+
+
 def test_after_the_engine_is_killed_nothing_is_served(server: str) -> None:
     """The last test of this server."""
     port = int(server.rsplit(":", 1)[1])

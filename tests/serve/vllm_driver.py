@@ -276,6 +276,8 @@ def storm(model: str, out: Path, options: dict[str, Any]) -> None:
 
 def two_ranks(model: str, out: Path, options: dict[str, Any]) -> None:
     """Tensor parallelism: what each rank's guard did, over the RPC that operators have."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"  # else one NUMA node each
     from vllm import LLM, SamplingParams
 
     llm = LLM(
