@@ -142,6 +142,7 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
 
     def init_async(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        _refuse_beam_search()
         front = self.trimtab = Front(self, artifact, policy)
         self.output_processor.trimtab = front
         try:
@@ -178,6 +179,7 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
 
     def init_sync(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        _refuse_beam_search()
         n_ranks = self.vllm_config.parallel_config.world_size
         check_statuses(self.collective_rpc("trimtab_status"), artifact.artifact_id, n_ranks)
 
@@ -204,6 +206,29 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
     wrap(LLMEngine, "__init__", init_sync)
     wrap(OutputProcessor, "_finish_request", finish)
     wrap(OutputProcessor, "abort_requests", abort)
+
+
+def _refuse_beam_search() -> None:
+    """Let nobody search with beams: every step is a request, each with a fresh budget."""
+    from vllm.entrypoints.generate.beam_search import offline, online
+    from vllm.exceptions import VLLMValidationError
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise VLLMValidationError(
+            "beam search cannot be guarded: every step of it would have a KL budget of its own",
+            parameter="use_beam_search",
+        )
+
+    owners = [
+        owner
+        for module in (offline, online)
+        for owner in vars(module).values()
+        if isinstance(owner, type) and "beam_search" in vars(owner)
+    ]
+    if len(owners) < 2:
+        raise NotArmedError("this vLLM searches with beams somewhere else; trimtab supports 0.32")
+    for owner in owners:
+        owner.beam_search = refuse  # type: ignore[attr-defined]
 
 
 def _check_request(params: Any) -> None:

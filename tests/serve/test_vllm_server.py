@@ -151,6 +151,19 @@ def test_a_request_cannot_name_anything_of_the_guards(server: str, field: str) -
     assert "operator" in reply.text
 
 
+def test_beam_search_would_multiply_the_budget_and_is_refused(server: str) -> None:
+    body = {
+        "model": "qwen",
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 2,
+        "use_beam_search": True,
+        "n": 2,
+    }
+    reply = httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60)
+    assert reply.status_code == 400
+    assert "beam search cannot be guarded" in reply.text
+
+
 def test_vllms_own_benchmark_runs_against_it_unchanged(
     server: str, vllm_model_dir: Path, tmp_path: Path
 ) -> None:
