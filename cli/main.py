@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -32,6 +32,13 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT32 = "float32"
+
+
+class EngineName(StrEnum):
+    """What runs the model."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
 
 
 _MODEL = "Local folder, hub id, or a name that `trimtab models list` shows."
@@ -180,7 +187,20 @@ def calibrate(
 
 @app.command()
 def serve(
+    context: typer.Context,
     model: ModelArgument,
+    vllm_options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- VLLM_OPTIONS]",
+            help="With --engine vllm, options of `vllm serve`.",
+            show_default=False,
+        ),
+    ] = None,
+    engine_name: Annotated[
+        EngineName,
+        typer.Option("--engine", help="transformers: embedded; vllm: vLLM's server, guarded."),
+    ] = EngineName.TRANSFORMERS,
     guard: GuardOption = None,
     policy: Annotated[
         Path | None,
@@ -225,6 +245,10 @@ def serve(
             f" {model}`, or serve without a guard by `mode: off` in the policy file"
         )
     folder = resolve_model(model)
+    if engine_name is EngineName.VLLM:
+        _serve_with_vllm(context, folder, guard, policy, vllm_options or [])
+    elif vllm_options:
+        raise InputError(f"{' '.join(vllm_options)}: options after -- need --engine vllm")
 
     from serve.server import bind_socket, run_server
 
@@ -265,6 +289,45 @@ def serve(
             note(f"serving {info.model_name} at {url} ({by}, mode {info.mode})")
 
         run_server(engine, metrics, api_key=api_key, sock=listener, on_ready=ready)
+
+
+_VLLM_FLAGS = {
+    "host": "--host",
+    "port": "--port",
+    "served_model_name": "--served-model-name",
+    "revision": "--revision",
+    "dtype": "--dtype",
+    "trust_remote_code": "--trust-remote-code",
+    "max_batch": "--max-num-seqs",
+    "max_model_len": "--max-model-len",
+}
+
+
+def _serve_with_vllm(
+    context: typer.Context, model: str, guard: Path | None, policy: Path | None, extra: list[str]
+) -> NoReturn:
+    """Become `vllm serve`, with this command's options under vLLM's names."""
+    import os
+
+    from cli.vllm_serve import run_vllm, vllm_command, vllm_environment
+    from guard.errors import InputError
+
+    def given(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name != "DEFAULT"
+
+    for name in ("device", "max_queue"):
+        if given(name):
+            raise InputError(f"--{name.replace('_', '-')} is not an option of --engine vllm")
+    flags = {
+        flag: context.params[name]
+        for name, flag in _VLLM_FLAGS.items()
+        if name in ("host", "port") or given(name)
+    }
+    env = vllm_environment(os.environ, guard, policy)
+    if context.params["api_key"] is not None:
+        env["VLLM_API_KEY"] = context.params["api_key"]
+    run_vllm(vllm_command(model, flags, extra), env)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from guard.artifact import ModelIdentity
 from guard.errors import UnsupportedModelError
 
-__all__ = ["model_identity"]
+__all__ = ["model_identity", "sample_of", "weights_of"]
 
 _SAMPLES_PER_TENSOR = 64
 _CONFIG_FIELDS = (
@@ -36,7 +36,12 @@ _CONFIG_FIELDS = (
 
 
 def model_identity(
-    model: nn.Module, tokenizer: Any, model_id: str, revision: str | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    model_id: str,
+    revision: str | None = None,
+    *,
+    weights: bool = True,
 ) -> ModelIdentity:
     """Return what binds a guard to a model.
 
@@ -45,6 +50,7 @@ def model_identity(
         tokenizer: its tokenizer.
         model_id: how the user names the model; told in errors, never compared.
         revision: of the hub, if any; likewise.
+        weights: False leaves their hash empty, for a caller that hashes them by itself.
 
     Raises:
         UnsupportedModelError: weights that are not in memory (meta tensors).
@@ -64,7 +70,7 @@ def model_identity(
         config_sha256=_sha256_json(_config_facts(config)),
         tokenizer_sha256=_sha256_json(_tokenizer_facts(tokenizer)),
         chat_template_sha256=_sha256_json(getattr(tokenizer, "chat_template", None)),
-        weights_sha256=_weights_sha256(model),
+        weights_sha256=_weights_sha256(model) if weights else "",
     )
 
 
@@ -123,21 +129,25 @@ def _tokenizer_facts(tokenizer: Any) -> dict[str, object]:
 def _weights_sha256(model: nn.Module) -> str:
     """Hash a fixed sample of every weight, as bfloat16, in the order of their names."""
     digest = hashlib.sha256()
-    for name, weight in sorted(_weights(model)):
+    for name, weight in sorted(weights_of(model)):
         if weight.is_meta:
             raise UnsupportedModelError(
                 f"weight {name} is not in memory (offloaded), so the model cannot be identified;"
                 " load the whole model on one device"
             )
-        flat = weight.detach().reshape(-1)
-        places = torch.tensor(_places(name, flat.numel()), device=flat.device)
-        sample = flat[places].to(torch.bfloat16).cpu().contiguous()
-        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
+        digest.update(sample_of(name, weight))
     return digest.hexdigest()
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def sample_of(name: str, weight: Tensor) -> bytes:
+    """What of one weight enters the hash: its name, its shape and a sample in bfloat16."""
+    flat = weight.detach().reshape(-1)
+    places = torch.tensor(_places(name, flat.numel()), device=flat.device)
+    sample = flat[places].to(torch.bfloat16).cpu().contiguous()
+    return f"{name} {tuple(weight.shape)}\n".encode() + sample.view(torch.int16).numpy().tobytes()
+
+
+def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, tied ones once, and saved buffers (quantised weights are kept as such)."""
     yield from model.named_parameters()
     saved = model.state_dict().keys()

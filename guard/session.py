@@ -80,11 +80,16 @@ class GuardSession:
     Args:
         artifact: the guard.
         policy: the operator's policy; mode "off" must not create sessions.
+        lockstep: run shadow passes that the ledger can no longer pay for, too (they move nothing),
+            so that ranks take the same path whatever each of them has booked.
     """
 
-    def __init__(self, artifact: CarrierArtifact, policy: Policy) -> None:
+    def __init__(
+        self, artifact: CarrierArtifact, policy: Policy, *, lockstep: bool = False
+    ) -> None:
         self._artifact = artifact
         self._policy = policy
+        self._lockstep = lockstep
         self._zone: Zone | None = None
         self._reading: GateReading | None = None
         self._ledger = Ledger(0.0)
@@ -128,7 +133,7 @@ class GuardSession:
         due = self._zone is not None and shadow_due(
             self._zone, position, self._policy.shadow_tokens
         )
-        return due and self._ledger.allowance_nats > 0
+        return due and (self._lockstep or self._ledger.allowance_nats > 0)
 
     def charge(self, kl_nats: float, flipped: bool) -> None:
         """Book one shadow pass: its KL, and whether the most likely token changed.

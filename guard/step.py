@@ -8,32 +8,59 @@ Every engine and the calibration's own evaluation go through these few lines.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from guard.kl import mix_within_budget
 from guard.session import GuardSession
-from guard.shadow import BaseStep, ShadowModel
 from guard.steering import Carrier
 
-__all__ = ["OnMixture", "guarded_logits", "layers_wanted"]
+__all__ = ["BasePass", "OnMixture", "Shadower", "guarded_logits", "layers_wanted"]
 
 OnMixture = Callable[[int, Tensor, Tensor, float], None]
 """Called with (row, mixed logits, base logits, kl_nats) for auditors; tensors are (vocab,)."""
 
 
-def layers_wanted(sessions: Sequence[GuardSession | None], position: int) -> list[int]:
+class BasePass(Protocol):
+    """What a base pass must leave behind to be steered."""
+
+    @property
+    def logits(self) -> Tensor:
+        """(n_rows, vocab) at the last token of every row, in the model's type."""
+
+    def last_hidden(self, layer: int) -> Tensor:
+        """(n_rows, d_model): the residual stream of the last token before `layer`."""
+
+
+_Pass = TypeVar("_Pass", bound=BasePass, contravariant=True)
+
+
+class Shadower(Protocol[_Pass]):
+    """Whatever can run the shadow pass of the base pass it just made."""
+
+    def shadow(self, step: _Pass, rows: Sequence[int], layer: int, steered: Tensor) -> Tensor:
+        """Return (n_shadow, vocab) float32 steered logits; see `guard.shadow.ShadowModel`."""
+
+
+def layers_wanted(
+    sessions: Sequence[GuardSession | None], position: int | Sequence[int]
+) -> list[int]:
     """Return the carrier layers that response token `position` needs, rising, without repeats."""
-    carriers = [s.carrier for s in sessions if s is not None and s.wants_shadow(position)]
+    positions = _per_row(position, len(sessions))
+    carriers = [_due(s, p) for s, p in zip(sessions, positions, strict=True)]
     return sorted({carrier.layer for carrier in carriers if carrier is not None})
 
 
+_Step = TypeVar("_Step", bound=BasePass)
+
+
 def guarded_logits(
-    model: ShadowModel,
-    step: BaseStep,
+    model: Shadower[_Step],
+    step: _Step,
     sessions: Sequence[GuardSession | None],
-    position: int,
+    position: int | Sequence[int],
     temperatures: Sequence[float],
     on_mixture: OnMixture | None = None,
 ) -> Tensor:
@@ -43,7 +70,7 @@ def guarded_logits(
         model: the model that made `step`.
         step: the base pass, with resid_pre of `layers_wanted(sessions, position)`.
         sessions: one per row; None leaves the row as it is.
-        position: of the token to be sampled, from 0.
+        position: of the token to be sampled, from 0; one for all rows, or one per row.
         temperatures: one per row, ≥ 0, at which KL is measured; 0 (greedy) counts as 1.
         on_mixture: an auditor's view of every mixture.
 
@@ -55,12 +82,13 @@ def guarded_logits(
         BudgetError: a charge above the allowance: a bug.
     """
     logits = step.logits
-    for layer in layers_wanted(sessions, position):
+    positions = _per_row(position, len(sessions))
+    for layer in layers_wanted(sessions, positions):
         rows: list[int] = []
         open_sessions: list[GuardSession] = []
         steered: list[Tensor] = []
         for row, session in enumerate(sessions):
-            carrier = _due(session, position)
+            carrier = _due(session, positions[row])
             if session is None or carrier is None or carrier.layer != layer:
                 continue
             rows.append(row)
@@ -85,6 +113,10 @@ def guarded_logits(
                 logits = logits.to(torch.float32, copy=True)
             logits[[rows[i] for i in applied]] = mixture.logits[applied]
     return logits
+
+
+def _per_row(position: int | Sequence[int], n_rows: int) -> Sequence[int]:
+    return [position] * n_rows if isinstance(position, int) else position
 
 
 def _due(session: GuardSession | None, position: int) -> Carrier | None:

@@ -20,7 +20,7 @@ from guard.gate import probe_score
 from guard.shadow import BaseStep, ShadowModel
 from guard.steering import Carrier
 
-__all__ = ["CanaryReading", "run_canary"]
+__all__ = ["CanaryReading", "check_reading", "compare", "run_canary"]
 
 # In standard deviations of the base logits over the vocabulary. Rounding: at most 2e-5 logits of
 # deviation 2.5 in float32 (Qwen2.5 0.5B, CPU), up to 0.2 in bfloat16 where a kernel depends on the
@@ -75,7 +75,7 @@ def run_canary(
             _check_gate(artifact, step)
             readings = [_try_carrier(model, step, *item) for item in present.items()]
             for reading in readings:
-                _check(reading)
+                check_reading(reading)
     except NumericsError as error:
         raise NotArmedError(f"guard {artifact.artifact_id} fails its canary: {error}") from error
     return readings
@@ -106,17 +106,33 @@ def _check_gate(artifact: CarrierArtifact, step: BaseStep) -> None:
 
 
 def _try_carrier(model: ShadowModel, step: BaseStep, name: str, carrier: Carrier) -> CanaryReading:
-    rows, base = [0, 1], step.logits.float()
+    rows = [0, 1]
     unsteered = model.replay(step, rows, carrier.layer)
     hidden = carrier.apply(step.last_hidden(carrier.layer).float())
     steered = model.shadow(step, rows, carrier.layer, hidden)
+    return compare(name, carrier.layer, step.logits, unsteered, steered)
+
+
+def compare(
+    name: str, layer: int, logits: Tensor, unsteered: Tensor, steered: Tensor
+) -> CanaryReading:
+    """Return how far two shadow passes are from the base pass.
+
+    Args:
+        name: of the carrier.
+        layer: where it acts.
+        logits: (n_rows, vocab) of the base pass, in the model's type.
+        unsteered: (n_rows, vocab) of a shadow pass that steers nothing, on its own.
+        steered: (n_rows, vocab) with the carrier at full strength.
+    """
+    base = logits.float()
     unit = float(base[torch.isfinite(base)].std())
     return CanaryReading(
         carrier=name,
-        layer=carrier.layer,
-        gap=_largest_difference(unsteered, base) / unit,
-        tolerance=_EXACT if step.logits.dtype in (torch.float32, torch.float64) else _EXACT_HALF,
-        change=_largest_difference(steered, base) / unit,
+        layer=layer,
+        gap=_largest_difference(unsteered.float(), base) / unit,
+        tolerance=_EXACT if logits.dtype in (torch.float32, torch.float64) else _EXACT_HALF,
+        change=_largest_difference(steered.float(), base) / unit,
     )
 
 
@@ -125,7 +141,12 @@ def _largest_difference(logits: Tensor, base: Tensor) -> float:
     return float(torch.where(same, 0.0, (logits - base).abs()).max())
 
 
-def _check(reading: CanaryReading) -> None:
+def check_reading(reading: CanaryReading) -> None:
+    """Refuse a setup on which the guard does not work.
+
+    Raises:
+        NotArmedError: the message says what was seen.
+    """
     where = f"the {reading.carrier} carrier at layer {reading.layer}"
     if not reading.gap <= reading.tolerance:
         raise NotArmedError(

@@ -318,3 +318,18 @@ def test_a_benign_request_that_passes_can_still_be_a_suspected_over_refusal() ->
 def test_the_record_holds_no_text_of_the_user() -> None:
     record = opened(LOWER).record("Sure, the word is xylophone.")
     assert "xylophone" not in str([getattr(record, field.name) for field in fields(record)])
+
+
+def test_in_lockstep_the_schedule_knows_nothing_of_the_ledger() -> None:
+    policy = Policy(raise_budget_nats=0.5, shadow_tokens=4)
+    alone = GuardSession(GUARD, policy)
+    ranks = GuardSession(GUARD, policy, lockstep=True)
+    for session in (alone, ranks):
+        session.open(RAISE)
+        session.charge(0.5, flipped=False)
+    assert [alone.wants_shadow(p) for p in range(6)] == [False] * 6
+    assert [ranks.wants_shadow(p) for p in range(6)] == [True] * 4 + [False] * 2
+    ranks.charge(0.0, flipped=False)
+    assert ranks.record().kl_nats == 0.5
+    with pytest.raises(BudgetError):
+        ranks.charge(1e-9, flipped=False)

@@ -1,0 +1,266 @@
+"""The front end of a guarded vLLM: nothing before every rank is armed, then metrics.
+
+A response's text is known here, its record in the worker. They are joined by request id: ids of
+ended responses are sent to the workers a few times a second, and the records come back. The text is
+judged here and thrown away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from guard.artifact import CarrierArtifact
+from guard.errors import NotArmedError
+from guard.gate import Zone
+from guard.policy import Policy
+from guard.refusal import judge
+from guard.session import Record
+from serve.metrics import ErrorKind, GuardMetrics
+from serve.vllm_patch import check_statuses, wrap
+
+__all__ = ["Front", "install", "read_record"]
+
+_log = logging.getLogger("trimtab.vllm")
+
+_DRAIN_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A response that ended: its text, None if it was aborted, and how long it took."""
+
+    text: str | None
+    seconds: float | None
+
+
+def read_record(fields: dict[str, Any]) -> Record:
+    """A worker's record, out of JSON."""
+    zone = fields["zone"]
+    return Record(**{**fields, "zone": Zone(zone) if zone is not None else None})
+
+
+class Front:
+    """The guard's side of one `AsyncLLM`.
+
+    Args:
+        engine: the `AsyncLLM`.
+        artifact: the guard file.
+        policy: the operator's.
+    """
+
+    def __init__(self, engine: Any, artifact: CarrierArtifact, policy: Policy) -> None:
+        self._engine, self._artifact = engine, artifact
+        self._ended: dict[str, _Ended] = {}
+        self._armed = False
+        self._arming: asyncio.Lock | None = None
+        self._task: asyncio.Task[None] | None = None
+        names = engine.vllm_config.model_config.served_model_name
+        self.metrics = _metrics(
+            names if isinstance(names, str) else names[0],
+            policy.mode,
+            artifact.artifact_id,
+            artifact.manifest.format_version,
+        )
+        self.metrics.set_armed(False)
+
+    async def ensure_armed(self) -> None:
+        """Return once every rank has said that it is armed.
+
+        Raises:
+            NotArmedError: one is not.
+        """
+        if self._task is None:
+            self._task = asyncio.create_task(self._work())
+        if self._armed:
+            return
+        if self._arming is None:
+            self._arming = asyncio.Lock()
+        async with self._arming:
+            statuses = await self._engine.collective_rpc("trimtab_status")
+            n_ranks = self._engine.vllm_config.parallel_config.world_size
+            check_statuses(statuses, self._artifact.artifact_id, n_ranks)
+            self._armed = True
+            self.metrics.set_armed(True)
+
+    def end(self, request_id: str, text: str | None, seconds: float | None) -> None:
+        """A response ended; None as text: it was aborted."""
+        self._ended[request_id] = _Ended(text, seconds)
+
+    def close(self) -> None:
+        """Stop draining."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _work(self) -> None:
+        await self.ensure_armed()
+        while not self._engine.errored:
+            await asyncio.sleep(_DRAIN_SECONDS)
+            if self._ended:
+                await self._drain()
+        self._armed = False
+        self.metrics.set_armed(False)
+
+    async def _drain(self) -> None:
+        ended, self._ended = self._ended, {}
+        replies = await self._engine.collective_rpc("trimtab_drain", args=(list(ended),))
+        records = json.loads(replies[0])  # every rank has the same
+        for request_id, response in ended.items():
+            self._book(records.get(request_id), response)
+
+    def _book(self, found: dict[str, Any] | None, response: _Ended) -> None:
+        if response.seconds is not None:
+            self.metrics.observe_request(response.seconds)
+        if response.text is None:
+            self.metrics.count_error(ErrorKind.CLIENT_DISCONNECT)
+        if found is None:  # aborted before it had its first token: there was nothing to guard
+            self.metrics.observe(None)
+            return
+        record = read_record(found["record"])
+        if response.text is not None and not found["failed"]:
+            record = replace(record, verdict=judge(response.text))
+        self.metrics.observe(record)
+        self.metrics.observe_gate(found["gate_seconds"])
+        if found["failed"]:
+            self.metrics.count_error(ErrorKind.NUMERICS)
+        if found["unguarded"]:
+            self.metrics.count_unguarded()
+
+
+def install(artifact: CarrierArtifact, policy: Policy) -> None:
+    """Patch vLLM's front ends in this process."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.exceptions import EngineDeadError
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    def init_async(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        _refuse_beam_search()
+        front = self.trimtab = Front(self, artifact, policy)
+        self.output_processor.trimtab = front
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # it is asked for by the first request, then
+            return
+        front._task = loop.create_task(front._work())
+
+    def add_request(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_request(kwargs.get("params", args[2] if len(args) > 2 else None))
+
+        async def guarded() -> Any:
+            await self.trimtab.ensure_armed()
+            return await original(self, *args, **kwargs)
+
+        return guarded()
+
+    def check_health(original: Callable[..., Any], self: Any) -> Any:
+        async def guarded() -> None:
+            await original(self)
+            try:
+                await self.trimtab.ensure_armed()
+            except NotArmedError as error:
+                _log.error("not armed: %s", error)
+                raise EngineDeadError from error  # the server answers 503
+
+        return guarded()
+
+    def shutdown(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        front = self.__dict__.get("trimtab")
+        if front is not None:
+            front.close()
+        return original(self, *args, **kwargs)
+
+    def init_sync(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        _refuse_beam_search()
+        n_ranks = self.vllm_config.parallel_config.world_size
+        check_statuses(self.collective_rpc("trimtab_status"), artifact.artifact_id, n_ranks)
+
+    def finish(original: Callable[..., Any], self: Any, state: Any) -> Any:
+        front = self.__dict__.get("trimtab")
+        if front is not None and state.detokenizer is not None:
+            front.end(state.request_id, state.detokenizer.output_text, _seconds(state))
+        return original(self, state)
+
+    def abort(
+        original: Callable[..., Any], self: Any, request_ids: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        aborted = original(self, request_ids, *args, **kwargs)
+        front = self.__dict__.get("trimtab")
+        if front is not None:
+            for request_id in aborted:
+                front.end(request_id, None, None)
+        return aborted
+
+    wrap(AsyncLLM, "__init__", init_async)
+    wrap(AsyncLLM, "add_request", add_request)
+    wrap(AsyncLLM, "check_health", check_health)
+    wrap(AsyncLLM, "shutdown", shutdown)
+    wrap(LLMEngine, "__init__", init_sync)
+    wrap(OutputProcessor, "_finish_request", finish)
+    wrap(OutputProcessor, "abort_requests", abort)
+
+
+def _refuse_beam_search() -> None:
+    """Let nobody search with beams: every step is a request, each with a fresh budget."""
+    from vllm.entrypoints.generate.beam_search import offline, online
+    from vllm.exceptions import VLLMValidationError
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise VLLMValidationError(
+            "beam search cannot be guarded: every step of it would have a KL budget of its own",
+            parameter="use_beam_search",
+        )
+
+    owners = [
+        owner
+        for module in (offline, online)
+        for owner in vars(module).values()
+        if isinstance(owner, type) and "beam_search" in vars(owner)
+    ]
+    if len(owners) < 2:
+        raise NotArmedError("this vLLM searches with beams somewhere else; trimtab supports 0.32")
+    for owner in owners:
+        owner.beam_search = refuse  # type: ignore[attr-defined]
+
+
+def _check_request(params: Any) -> None:
+    """Refuse a request that names anything of the guard's; vLLM answers 400.
+
+    Raises:
+        VLLMValidationError: vLLM's own word for a client's fault.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    named = [
+        name
+        for name in getattr(params, "extra_args", None) or {}
+        if name.lower().startswith("trimtab")
+    ]
+    if named:
+        raise VLLMValidationError(
+            f"vllm_xargs {', '.join(named)}: the guard is the operator's, no request can change it",
+            parameter="vllm_xargs",
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _metrics(model: str, mode: str, artifact_id: str, format_version: int) -> GuardMetrics:
+    """One set per process, which outlives its engines; vLLM's /metrics shows this registry."""
+    from prometheus_client import REGISTRY
+
+    return GuardMetrics(
+        REGISTRY, model=model, mode=mode, artifact_id=artifact_id, format_version=format_version
+    )
+
+
+def _seconds(state: Any) -> float | None:
+    stats = getattr(state, "stats", None)
+    return None if stats is None else max(0.0, time.time() - stats.arrival_time)

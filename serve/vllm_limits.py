@@ -1,0 +1,123 @@
+"""Which vLLM configurations can be guarded exactly; every other is refused before it starts.
+
+An option that would make the budget or the gate inexact is an error that names the option, never
+a warning: the guard serves what it can prove, or nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from guard.errors import UnsupportedModelError
+
+__all__ = ["SALT", "check_config", "salt_config"]
+
+SALT = "trimtab"
+"""Key in `VllmConfig.additional_config`; it is part of the compile cache's hash."""
+
+_LOAD_FORMATS = ("auto", "hf", "safetensors")
+
+
+def check_config(config: Any) -> None:
+    """Refuse a configuration in which the guard would not be exact.
+
+    Args:
+        config: a `vllm.config.VllmConfig`.
+
+    Raises:
+        UnsupportedModelError: names every option to change.
+    """
+    faults = [text for wrong, text in _rules(config) if wrong]
+    if faults:
+        raise UnsupportedModelError(
+            "trimtab cannot guard this vLLM configuration exactly, so it does not start: "
+            + "; ".join(faults)
+            + ". Without TRIMTAB_GUARD vLLM serves it unguarded"
+        )
+
+
+def _rules(config: Any) -> list[tuple[bool, str]]:
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    load_format = getattr(config.load_config.load_format, "value", config.load_config.load_format)
+    return [
+        (
+            parallel.pipeline_parallel_size > 1,
+            "set --pipeline-parallel-size 1: the gate and the carriers lie on several stages",
+        ),
+        (
+            getattr(parallel, "decode_context_parallel_size", 1) > 1
+            or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "set --decode-context-parallel-size 1 and --prefill-context-parallel-size 1:"
+            " no rank holds a request's whole KV cache",
+        ),
+        (
+            parallel.data_parallel_size > 1,
+            "set --data-parallel-size 1 and put several servers behind a load balancer:"
+            " the records of other engines cannot be read",
+        ),
+        (
+            bool(getattr(parallel, "enable_dbo", False)),
+            "drop --enable-dbo: a step is split in two",
+        ),
+        (
+            config.speculative_config is not None,
+            "drop --speculative-config: drafts are accepted against unsteered distributions",
+        ),
+        (
+            model.runner_type != "generate",
+            "use --runner generate: a pooling model writes no response",
+        ),
+        (
+            bool(model.is_hybrid) or bool(model.is_attention_free),
+            "choose a --model that has attention in every layer: recurrent state (hybrid or"
+            " attention-free models) would be written by the shadow pass",
+        ),
+        (
+            bool(getattr(model, "is_encoder_decoder", False)),
+            "choose a decoder-only --model",
+        ),
+        (
+            bool(model.is_multimodal_model) or bool(model.uses_mrope),
+            "choose a text-only --model: positions of images are not steered",
+        ),
+        (
+            bool(model.enable_prompt_embeds),
+            "drop --enable-prompt-embeds: a prompt without token ids has no gate position",
+        ),
+        (
+            config.lora_config is not None,
+            "drop --enable-lora: an adapter's shadow pass is not exact yet",
+        ),
+        (
+            config.kv_transfer_config is not None,
+            "drop --kv-transfer-config: KV from elsewhere comes without its gate score",
+        ),
+        (
+            bool(cache.kv_sharing_fast_prefill),
+            "drop --kv-sharing-fast-prefill: it skips layers that the gate reads",
+        ),
+        (
+            getattr(config, "weight_transfer_config", None) is not None,
+            "drop --weight-transfer-config: a guard is made for weights that do not change",
+        ),
+        (
+            load_format not in _LOAD_FORMATS,
+            f"use --load-format {' or '.join(_LOAD_FORMATS)}: weights from elsewhere cannot be"
+            " identified",
+        ),
+    ]
+
+
+def salt_config(config: Any, salt: str) -> None:
+    """Mark a configuration as guarded, so that it never shares compiled code with another.
+
+    Raises:
+        UnsupportedModelError: `--additional-config` is not a mapping.
+    """
+    extra = config.additional_config
+    if not isinstance(extra, dict):
+        raise UnsupportedModelError(
+            "trimtab needs --additional-config to be a JSON object, to keep the compile caches of"
+            f" guarded and unguarded runs apart; it is a {type(extra).__name__}"
+        )
+    config.additional_config = {**extra, SALT: salt}

@@ -1,0 +1,400 @@
+"""vLLM's model runners as the guard sees them: V1 (CPU, and where vLLM chooses it) and V2 (GPU).
+
+The base pass is vLLM's own, compiled or in CUDA graphs, and only asked to return the residual
+stream before a few layers beside its output: the auxiliary hidden states that EAGLE-3 uses, so
+nothing of ours is traced, and no hook runs inside a graph. After it, while the step's inputs are
+still in place, the shadow pass calls the decoder layers from the carrier's on, eagerly, over the
+flagged rows alone.
+
+Nothing of it reaches the KV cache: with an empty slot mapping vLLM skips the update in every
+backend whose forward does not include it, and other backends are refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guard.errors import UnsupportedModelError
+from serve.vllm_guard import SamplingRow, StepGuard
+
+__all__ = ["ModelRunner", "attach_v1", "attach_v2"]
+
+_GREEDY_BELOW = 1e-5  # vLLM's own limit
+
+
+class ModelRunner:
+    """What both runners have in common.
+
+    Args:
+        runner: the model runner.
+        layers: whose inputs are returned, rising.
+
+    Raises:
+        UnsupportedModelError: the model cannot return hidden states, or is laid out otherwise.
+    """
+
+    def __init__(self, runner: Any, layers: Sequence[int]) -> None:
+        self._runner = runner
+        self._index = {layer: i for i, layer in enumerate(layers)}
+        self._model: Any = runner.get_model()
+        self._body = _decoder(self._model)
+        self._compute_logits = self._model.compute_logits
+        _ask_for_hidden_states(runner, self._model, layers)
+
+    @property
+    def n_slots(self) -> int:
+        """How many KV slots there are."""
+        config = self._runner.kv_cache_config
+        return int(config.num_blocks * config.kv_cache_groups[0].kv_cache_spec.block_size)
+
+    @property
+    def n_blocks(self) -> int:
+        """How many KV blocks there are."""
+        return int(self._runner.kv_cache_config.num_blocks)
+
+    @property
+    def n_ranks(self) -> int:
+        """How many tensor-parallel ranks take this step together."""
+        return int(self._runner.parallel_config.tensor_parallel_size)
+
+    @property
+    def end_token_ids(self) -> Sequence[int]:
+        """Tokens that end a response."""
+        config = self._runner.model_config
+        ids = config.try_get_generation_config().get("eos_token_id")
+        if ids is None:
+            ids = config.hf_text_config.eos_token_id
+        return [ids] if isinstance(ids, int) else list(ids)
+
+    def check_cache(self) -> None:
+        """Refuse a KV cache that the shadow pass cannot read without writing it.
+
+        Raises:
+            UnsupportedModelError: names what stands in the way.
+        """
+        groups = self._runner.kv_cache_config.kv_cache_groups
+        if len(groups) != 1:
+            raise UnsupportedModelError(
+                f"this model has {len(groups)} KV cache groups (sliding windows beside full"
+                " attention); start vLLM with --disable-hybrid-kv-cache-manager"
+            )
+        for group in self._runner.attn_groups[0]:
+            if group.backend.forward_includes_kv_cache_update:
+                raise UnsupportedModelError(
+                    f"attention backend {group.backend.get_name()} writes the KV cache inside its"
+                    " forward; choose another with --attention-backend, such as FLASH_ATTN"
+                )
+        spec = groups[0].kv_cache_spec
+        if getattr(spec, "sliding_window", None) is not None:
+            raise UnsupportedModelError(
+                "a sliding window frees the blocks behind it, and the gate's score with them;"
+                " start vLLM with --disable-sliding-window"
+            )
+
+    def agree(self, readings: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        """The first tensor-parallel rank's readings, on every rank."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        group = get_tp_group()
+        if group.world_size == 1:
+            return readings
+        agreed: list[tuple[float, float]] = group.broadcast_object(readings, src=0)
+        return agreed
+
+    def _run(
+        self, layer: int, hidden: Tensor, seq_lens: Tensor, seen: Tensor, table: Tensor
+    ) -> Tensor:
+        """Logits of one query token per row, entered at `layer`, over the row's own KV blocks.
+
+        Args:
+            layer: the first to run.
+            hidden: (n_rows, d_model) entering it.
+            seq_lens: (n_rows,) int32 on the device, the query token included.
+            seen: the same on the host, or an upper bound.
+            table: (n_rows, n_blocks) int32.
+        """
+        from vllm.forward_context import set_forward_context
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        n, device = len(hidden), hidden.device
+        positions = seq_lens.long() - 1
+        starts = torch.arange(n + 1, dtype=torch.int32)
+        common = CommonAttentionMetadata(
+            query_start_loc=starts.to(device),
+            query_start_loc_cpu=starts,
+            seq_lens=seq_lens,
+            num_reqs=n,
+            num_actual_tokens=n,
+            max_query_len=1,
+            max_seq_len=int(seen.max()),
+            block_table_tensor=table,
+            slot_mapping=torch.full((n,), -1, dtype=torch.int64, device=device),
+            causal=True,
+            positions=positions,
+            is_prefilling=torch.zeros(n, dtype=torch.bool),
+            seq_lens_cpu_upper_bound=seen,
+        )
+        metadata: dict[str, Any] = {}
+        for group in self._runner.attn_groups[0]:
+            if hasattr(group, "build_metadata"):
+                built = group.build_metadata(common, 0)
+            else:  # before 0.32 every group has blocks of the cache's own size
+                built = group.get_metadata_builder(0).build(0, common)
+            metadata.update(dict.fromkeys(group.layer_names, built))
+        with set_forward_context(metadata, self._runner.vllm_config, num_tokens=n, slot_mapping={}):
+            stream, residual = hidden, None
+            for decoder in self._body.layers[layer:]:
+                stream, residual = decoder(positions, stream, residual)
+            stream, _ = self._body.norm(stream, residual)
+            logits: Tensor = self._compute_logits(stream)
+        return logits
+
+
+class _V1(ModelRunner):
+    """One step of a `GPUModelRunner` or `CPUModelRunner`, between its forward and its sampler."""
+
+    state: Any = None  # the ExecuteModelState of the step that has just run
+
+    def sampling_rows(self) -> list[SamplingRow]:
+        """The rows that sample; prompts that are not finished do not."""
+        runner = self._runner
+        batch = runner.input_batch
+        seen = runner.optimistic_seq_lens_cpu[: batch.num_reqs].tolist()
+        skipped = runner.discard_request_mask.np
+        rows = []
+        for row, request_id in enumerate(batch.req_ids):
+            if skipped[row]:
+                continue
+            request = runner.requests[request_id]
+            rows.append(
+                SamplingRow(
+                    row=row,
+                    request_id=request_id,
+                    position=seen[row] - request.num_prompt_tokens,
+                    n_prompt=request.num_prompt_tokens,
+                    temperature=_temperature(request.sampling_params),
+                )
+            )
+        return rows
+
+    def prompt_ids(self, request_id: str) -> Sequence[int]:
+        """Token ids of a request's prompt."""
+        ids: Sequence[int] = self._runner.requests[request_id].prompt_token_ids
+        return ids
+
+    def slots_written(self) -> Tensor:
+        """(n_tokens,) int64: the KV slot of every token of this step."""
+        table = self._runner.input_batch.block_table[0]
+        slots: Tensor = table.slot_mapping.gpu[: self._n_tokens]
+        return slots
+
+    def slots_of(self, rows: Sequence[int], places: Sequence[int]) -> Tensor:
+        """(len(rows),) int64: the KV slot of each row's token at its place, from 0."""
+        table = self._runner.input_batch.block_table[0]
+        size = int(table.block_size)
+        slots = [
+            int(table.block_table.np[row, place // size]) * size + place % size
+            for row, place in zip(rows, places, strict=True)
+        ]
+        return torch.tensor(slots, device=self._runner.device)
+
+    def hidden(self, layer: int) -> Tensor:
+        """(n_tokens, d_model): the residual stream before `layer`, of every token of this step."""
+        stream: Tensor = self.state.aux_hidden_states[self._index[layer]]
+        return stream[: self._n_tokens]
+
+    def last_hidden(self, layer: int) -> Tensor:
+        """(n_rows, d_model): likewise, of the last token of each row."""
+        runner = self._runner
+        ends = runner.query_start_loc.gpu[1 : runner.input_batch.num_reqs + 1].long() - 1
+        return self.hidden(layer)[ends]
+
+    def last_token_again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """(len(rows), vocab) logits of the rows' last tokens, entered at `layer` with `hidden`."""
+        runner = self._runner
+        index = torch.tensor(rows, device=hidden.device)
+        table = runner.input_batch.block_table[0].get_device_tensor(runner.input_batch.num_reqs)
+        seen = runner.optimistic_seq_lens_cpu[list(rows)]
+        return self._run(layer, hidden, runner.seq_lens[index], seen, table[index].contiguous())
+
+    @property
+    def _n_tokens(self) -> int:
+        return int(self.state.scheduler_output.total_num_scheduled_tokens)
+
+
+class _V2(ModelRunner):
+    """One step of the V2 `GPUModelRunner`, inside its `sample`."""
+
+    batch: Any = None  # the InputBatch
+    aux: Any = None  # auxiliary hidden states
+    tables: Any = None  # per KV cache group: (n_rows, n_blocks)
+    slots: Any = None  # (n_groups, n_tokens)
+
+    def __init__(self, runner: Any, layers: Sequence[int]) -> None:
+        super().__init__(runner, layers)
+        self.prompts: dict[str, tuple[Sequence[int], float]] = {}
+
+    def sampling_rows(self) -> list[SamplingRow]:
+        """The rows that sample; prompts that are not finished do not."""
+        batch = self.batch
+        rows = []
+        for row, request_id in enumerate(batch.req_ids):
+            seen = int(batch.num_computed_tokens_np[row] + batch.num_scheduled_tokens[row])
+            if seen < int(batch.prefill_len_np[row]):
+                continue
+            prompt, temperature = self.prompts[request_id]
+            rows.append(SamplingRow(row, request_id, seen - len(prompt), len(prompt), temperature))
+        return rows
+
+    def prompt_ids(self, request_id: str) -> Sequence[int]:
+        """Token ids of a request's prompt."""
+        return self.prompts[request_id][0]
+
+    def slots_written(self) -> Tensor:
+        """(n_tokens,) int64: the KV slot of every token of this step."""
+        slots: Tensor = self.slots[0][: self.batch.num_tokens]
+        return slots.long()
+
+    def slots_of(self, rows: Sequence[int], places: Sequence[int]) -> Tensor:
+        """(len(rows),) int64: the KV slot of each row's token at its place, from 0."""
+        size = int(self._runner.block_tables.kernel_block_sizes[0])
+        table: Tensor = self.tables[0]
+        where = torch.tensor(places, device=table.device)
+        blocks = table[torch.tensor(rows, device=table.device), where // size]
+        return blocks.long() * size + where % size
+
+    def hidden(self, layer: int) -> Tensor:
+        """(n_tokens, d_model): the residual stream before `layer`, of every token of this step."""
+        stream: Tensor = self.aux[self._index[layer]]
+        return stream[: self.batch.num_tokens]
+
+    def last_hidden(self, layer: int) -> Tensor:
+        """(n_rows, d_model): likewise, of the last token of each row."""
+        return self.hidden(layer)[self.batch.logits_indices.long()]
+
+    def last_token_again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """(len(rows), vocab) logits of the rows' last tokens, entered at `layer` with `hidden`."""
+        index = torch.tensor(rows, device=hidden.device)
+        seen = self.batch.seq_lens_cpu_upper_bound[list(rows)]
+        table = self.tables[0][index].contiguous()
+        return self._run(layer, hidden, self.batch.seq_lens[index], seen, table)
+
+
+def attach_v1(runner: Any, guard: StepGuard) -> ModelRunner:
+    """Put the guard between a V1 runner's forward pass and its sampler.
+
+    Raises:
+        UnsupportedModelError: this model cannot be guarded.
+    """
+    view = _V1(runner, guard.layers)
+    execute_model = runner.execute_model
+
+    def guarded_execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        _follow(guard, view, scheduler_output)
+        output = execute_model(scheduler_output, *args, **kwargs)
+        state = runner.execute_model_state
+        if output is None and state is not None:
+            view.state = state
+            runner.execute_model_state = state._replace(logits=guard.step(view, state.logits))
+        return output
+
+    runner.execute_model = guarded_execute_model
+    return view
+
+
+def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
+    """Put the guard into the V2 runner's `sample`, between logits and grammar.
+
+    Raises:
+        UnsupportedModelError: this model cannot be guarded.
+    """
+    view = _V2(runner, guard.layers)
+    model = runner.get_model()
+    execute_model, prepare_attn = runner.execute_model, runner.prepare_attn
+    sample_tokens, sample = runner.sample_tokens, runner.sample
+
+    def guarded_execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        _follow(guard, view, scheduler_output)
+        for request_id in scheduler_output.finished_req_ids:
+            view.prompts.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            if new.sampling_params is not None:
+                prompt = new.prompt_token_ids
+                view.prompts[new.req_id] = (prompt, _temperature(new.sampling_params))
+        return execute_model(scheduler_output, *args, **kwargs)
+
+    def noting_prepare_attn(input_batch: Any) -> Any:
+        view.tables, view.slots = found = prepare_attn(input_batch)
+        return found
+
+    def noting_sample_tokens(*args: Any, **kwargs: Any) -> Any:
+        state = runner.execute_model_state
+        if state is not None:
+            view.batch, view.aux = state.input_batch, state.aux_hidden_states
+        return sample_tokens(*args, **kwargs)
+
+    def guarded_sample(*args: Any, **kwargs: Any) -> Any:
+        # `compute_logits` also serves prompt logprobs and dummy runs: it is ours only in here.
+        compute_logits = model.compute_logits
+        model.compute_logits = lambda hidden: guard.step(view, compute_logits(hidden))
+        try:
+            return sample(*args, **kwargs)
+        finally:
+            del model.compute_logits
+
+    runner.execute_model = guarded_execute_model
+    runner.prepare_attn = noting_prepare_attn
+    runner.sample_tokens = noting_sample_tokens
+    runner.sample = guarded_sample
+    return view
+
+
+def _follow(guard: StepGuard, view: ModelRunner, scheduler_output: Any) -> None:
+    """What the scheduler says before a step: requests that are over, blocks that are copied."""
+    guard.end(list(scheduler_output.finished_req_ids))
+    copies = getattr(scheduler_output, "kv_cache_block_copies", None)
+    if copies:
+        guard.copy_blocks([(c.src_block_id, c.dst_block_id) for c in copies], view.n_blocks)
+
+
+def _temperature(params: Any) -> float:
+    return 0.0 if params.temperature < _GREEDY_BELOW else float(params.temperature)
+
+
+def _decoder(model: nn.Module) -> Any:
+    """The part of a model that holds its decoder layers and the final norm.
+
+    Raises:
+        UnsupportedModelError: it is laid out otherwise.
+    """
+    body: Any = getattr(model, "model", None)
+    layers, norm = getattr(body, "layers", None), getattr(body, "norm", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers) or norm is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected `model.layers` and `model.norm`; this layout has no"
+            " shadow pass yet"
+        )
+    wanted = ["positions", "hidden_states", "residual"]
+    found = list(inspect.signature(layers[0].forward).parameters)
+    if found != wanted:
+        raise UnsupportedModelError(
+            f"{type(layers[0]).__name__}.forward takes {', '.join(found)}, expected"
+            f" {', '.join(wanted)}: this layer has no shadow pass yet"
+        )
+    return body
+
+
+def _ask_for_hidden_states(runner: Any, model: Any, layers: Sequence[int]) -> None:
+    """Let the base pass return resid_pre of some layers; before its first forward."""
+    if not hasattr(model, "set_aux_hidden_state_layers"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot return hidden states in vLLM (it has no EAGLE-3"
+            " interface), so its gate cannot be read"
+        )
+    runner.use_aux_hidden_state_outputs = True
+    model.set_aux_hidden_state_layers(tuple(layers))

@@ -1,0 +1,62 @@
+"""Gate scores that live beside the KV cache; no vLLM needed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from guard.errors import NotArmedError
+from serve.vllm_guard import SlotScores
+from serve.vllm_patch import check_statuses, wrap
+
+
+def test_a_score_is_read_where_it_was_written_and_nan_elsewhere() -> None:
+    torch.manual_seed(0)
+    scores = SlotScores(64, torch.device("cpu"))
+    hidden, weight = torch.randn(5, 8), torch.randn(8)
+    slots = torch.tensor([3, 40, 41, 7, 63])
+    scores.write(slots, hidden, weight, 0.5)
+    assert scores.read(slots) == pytest.approx((hidden @ weight + 0.5).tolist(), abs=1e-5)
+    assert all(math.isnan(value) for value in scores.read(torch.tensor([0, 4, 62])))
+    scores.clear()
+    assert all(math.isnan(value) for value in scores.read(slots))
+
+
+def test_scores_of_long_prompts_are_written_in_parts_without_a_gap() -> None:
+    n = 5000
+    scores = SlotScores(n, torch.device("cpu"))
+    hidden = torch.arange(n, dtype=torch.float32).reshape(n, 1)
+    scores.write(torch.arange(n).flip(0), hidden, torch.ones(1), 0.0)
+    assert scores.read(torch.arange(n)) == list(map(float, reversed(range(n))))
+
+
+def test_scores_follow_copies_of_whole_blocks_even_when_they_chain() -> None:
+    scores = SlotScores(12, torch.device("cpu"))
+    scores.write(torch.arange(12), torch.arange(12.0).reshape(12, 1), torch.ones(1), 0.0)
+    scores.copy_blocks([(0, 1), (1, 2)], n_blocks=3)
+    assert scores.read(torch.arange(12)) == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "statuses",
+    [
+        [],
+        ['{"rank": 0, "armed": false, "guard": "a"}'],
+        ['{"rank": 0, "armed": true, "guard": "b"}'],
+        ['{"rank": 0, "armed": true, "guard": "a"}'] * 2,
+    ],
+)
+def test_a_missing_unarmed_or_foreign_rank_is_an_error(statuses: list[str]) -> None:
+    with pytest.raises(NotArmedError):
+        check_statuses(statuses, "a", 1)
+    check_statuses(['{"rank": 0, "armed": true, "guard": "a"}'], "a", 1)
+
+
+def test_a_method_that_this_vllm_does_not_have_is_an_error() -> None:
+    class Owner:
+        pass
+
+    with pytest.raises(NotArmedError, match="method_of_tomorrow"):
+        wrap(Owner, "method_of_tomorrow", print)

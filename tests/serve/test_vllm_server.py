@@ -1,0 +1,208 @@
+"""`trimtab serve --engine vllm` over HTTP: armed before it serves, metrics, a killed engine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from openai import OpenAI
+
+from tests.serve.vllm_driver import texts
+from tests.serve.vllm_setup import ROOT, vllm_env
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def server(
+    vllm_model_dir: Path, vllm_guard: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A guarded server; its URL. What /health said until it was up must never be 200 unarmed."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = vllm_env(folder)
+    del env["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    ours = ["--engine", "vllm", "--guard", str(vllm_guard), "--served-model-name", "qwen"]
+    ours += ["--port", str(port), "--max-model-len", "1024"]
+    theirs = ["--enforce-eager", "--max-num-seqs", "8"]
+    log = (folder / "log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli.main", "serve", str(vllm_model_dir), *ours, "--", *theirs],
+        cwd=ROOT,
+        env=env,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(360):
+            assert process.poll() is None, (folder / "log").read_text()[-4000:]
+            try:
+                if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.5)
+        else:
+            pytest.fail((folder / "log").read_text()[-4000:])
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        log.close()
+
+
+def metric(url: str, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that carry these labels."""
+    total = 0.0
+    for line in httpx.get(f"{url}/metrics").text.splitlines():
+        if line.startswith((f"{name}{{", f"{name} ")) and all(
+            f'{key}="{value}"' in line for key, value in labels.items()
+        ):
+            total += float(line.rsplit(" ", 1)[1])
+    return total
+
+
+def wait_for(url: str, n: int) -> None:
+    """Until the metrics have booked n responses."""
+    for _ in range(80):
+        if metric(url, "trimtab_requests_total") >= n:
+            return
+        time.sleep(0.25)
+    pytest.fail(f"{metric(url, 'trimtab_requests_total')} of {n} responses were booked")
+
+
+def test_clients_are_served_and_every_response_is_counted(server: str) -> None:
+    assert metric(server, "trimtab_guard_armed") == 1
+    before = metric(server, "trimtab_requests_total")
+    client = OpenAI(base_url=f"{server}/v1", api_key="none")
+    prompts = texts(3)
+    for text in prompts:
+        reply = client.chat.completions.create(
+            model="qwen",
+            messages=[{"role": "user", "content": text}],
+            temperature=0,
+            max_tokens=12,
+        )
+        assert reply.choices[0].message.content
+    stream = client.chat.completions.create(
+        model="qwen",
+        messages=[{"role": "user", "content": prompts[0]}],
+        max_tokens=8,
+        n=2,
+        stream=True,
+    )
+    assert {chunk.choices[0].index for chunk in stream if chunk.choices} == {0, 1}
+    wait_for(server, int(before) + len(prompts) + 2)
+    zones = {z: metric(server, "trimtab_requests_total", zone=z) for z in ("raise", "lower")}
+    assert min(zones.values()) > 0
+    assert metric(server, "trimtab_kl_nats_count") >= len(prompts)
+    assert metric(server, "trimtab_shadow_passes_total") > 0
+    judged = sum(
+        metric(server, "trimtab_responses_total", verdict=verdict)
+        for verdict in ("refused", "partial", "complied", "unclear")
+    )
+    assert judged >= len(prompts)
+
+
+def test_a_client_that_goes_away_is_counted_and_forgotten(server: str) -> None:
+    before = metric(server, "trimtab_errors_total", kind="client_disconnect")
+    body = {
+        "model": "qwen",
+        "messages": [{"role": "user", "content": "Count to a thousand."}],
+        "max_tokens": 600,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    with httpx.stream("POST", f"{server}/v1/chat/completions", json=body, timeout=60) as reply:
+        next(reply.iter_lines())
+    for _ in range(80):
+        if metric(server, "trimtab_errors_total", kind="client_disconnect") > before:
+            return
+        time.sleep(0.25)
+    pytest.fail("the abort was not counted")
+
+
+@pytest.mark.parametrize("field", ["trimtab_policy", "trimtab-strength", "TRIMTAB"])
+def test_a_request_cannot_name_anything_of_the_guards(server: str, field: str) -> None:
+    body = {
+        "model": "qwen",
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 2,
+        "vllm_xargs": {field: -4.0},
+    }
+    reply = httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60)
+    assert reply.status_code == 400
+    assert "operator" in reply.text
+
+
+def test_beam_search_would_multiply_the_budget_and_is_refused(server: str) -> None:
+    body = {
+        "model": "qwen",
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 2,
+        "use_beam_search": True,
+        "n": 2,
+    }
+    reply = httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60)
+    assert reply.status_code == 400
+    assert "beam search cannot be guarded" in reply.text
+
+
+def test_vllms_own_benchmark_runs_against_it_unchanged(
+    server: str, vllm_model_dir: Path, tmp_path: Path
+) -> None:
+    size = ["--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "8"]
+    size += ["--num-prompts", "6"]
+    where = ["--base-url", server, "--model", "qwen", "--tokenizer", str(vllm_model_dir)]
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *where, *size],
+        env=vllm_env(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Successful requests:                     6" in done.stdout
+
+
+def test_after_the_engine_is_killed_nothing_is_served(server: str) -> None:
+    """The last test of this server."""
+    port = int(server.rsplit(":", 1)[1])
+    cores = [
+        child
+        for process in psutil.process_iter(["cmdline"])
+        if "--port" in (process.info["cmdline"] or []) and str(port) in process.info["cmdline"]
+        for child in process.children(recursive=True)
+        if "EngineCore" in " ".join(child.cmdline())
+    ]
+    assert cores
+    for core in cores:
+        os.kill(core.pid, signal.SIGKILL)
+    for _ in range(60):
+        try:
+            if httpx.get(f"{server}/health", timeout=5).status_code == 503:
+                break
+        except httpx.TransportError:
+            break
+        time.sleep(0.25)
+    else:
+        pytest.fail("/health still says 200")
+    body = {"model": "qwen", "prompt": "Hello", "max_tokens": 2}
+    with contextlib.suppress(httpx.TransportError):  # vLLM goes when its engine dies
+        assert httpx.post(f"{server}/v1/completions", json=body, timeout=30).status_code >= 500
