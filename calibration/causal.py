@@ -173,6 +173,7 @@ def admit(subject: Subject, bench: Bench, effect: Effect, n_controls: int) -> Ad
     return Admission(effect, _scale_up(subject, bench, at_norm, _CONTROL_SCALES), at_norm)
 
 
+@torch.inference_mode()
 def dose_response(
     subject: Subject, bench: Bench, candidate: Candidate, sign: Sign, scale: float, doses: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,6 +222,7 @@ def _scale_up(
                 found[i] = effect
 
 
+@torch.inference_mode()
 def _measure_at(
     subject: Subject, bench: Bench, candidates: Sequence[Candidate], sign: Sign, scale: float
 ) -> list[Effect]:

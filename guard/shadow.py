@@ -120,6 +120,7 @@ class ShadowModel:
             raise NumericsError("the base pass gave NaN or infinite logits")
         return BaseStep(logits, dict(seen), input_ids, attention_mask, position_ids, cache)
 
+    @torch.inference_mode()
     def shadow(self, step: BaseStep, rows: Sequence[int], layer: int, steered: Tensor) -> Tensor:
         """Return steered logits z1 for some rows of the step that was just run.
 
