@@ -49,5 +49,13 @@ test: setup model test-vllm
 test-vllm: setup-vllm model
 	$(VLLM_BIN)/python -m pytest -q -m vllm $(wildcard tests/serve/test_vllm_*.py)
 
+# Calibrate, serve, ask, look at the metrics: everything lands in build/demo.
+demo: model
+	$(BIN)/python -m examples.demo
+
+bench: model
+	$(BIN)/python -m benchmarks.calibration_sweep --json --out build/calibration_sweep.json
+	$(BIN)/python -m benchmarks.harmbench --json --out build/harmbench.json $(if $(HARMBENCH),--prompts $(HARMBENCH))
+
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

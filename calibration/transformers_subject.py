@@ -137,12 +137,15 @@ class TransformersSubject:
         mask = torch.tensor(
             [[1] * skip + [0] * (width - len(t)) + [1] * len(t) for t in tails], device=device
         )
-        if shared and skip:
-            cache = copy.deepcopy(self._prefix_cache)
-            cache.batch_repeat_interleave(len(prompts))
-        else:
-            cache = DynamicCache(config=self._config)
-        return self._runner.base(ids, mask, cache, capture)
+        return self._runner.base(ids, mask, self.prefix_cache(len(prompts), skip), capture)
+
+    def prefix_cache(self, n_rows: int, n_tokens: int) -> Any:
+        """A fresh KV cache for `n_rows` that holds the shared prefix, or nothing (0 tokens)."""
+        if n_tokens == 0:
+            return DynamicCache(config=self._config)
+        cache = copy.deepcopy(self._prefix_cache)
+        cache.batch_repeat_interleave(n_rows)
+        return cache
 
     def shadow(self, step: BaseStep, rows: Sequence[int], layer: int, steered: Tensor) -> Tensor:
         """Steered logits of some rows of a step, (len(rows), vocab) float32."""
