@@ -43,7 +43,7 @@ type: setup
 fast: setup
 	$(BIN)/python -m pytest -q -m "not model and not vllm"
 
-test: setup model test-vllm
+test: setup model
 	$(BIN)/python -m pytest -q -m "not vllm"
 
 test-vllm: setup-vllm model
