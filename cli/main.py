@@ -147,6 +147,7 @@ def calibrate(
     from calibration.config import CalibrationConfig
     from calibration.pipeline import calibrate as run
     from cli.inspection import tables
+    from cli.memory import keep_freed_memory
 
     try:
         config = CalibrationConfig(
@@ -174,6 +175,7 @@ def calibrate(
         )
         raise InputError("; ".join(faults)) from err
     _hush(folder)
+    keep_freed_memory()
     with RichProgress() as progress:
         result = run(config, progress)
     if as_json:
