@@ -74,7 +74,9 @@ __all__ = ["CalibrationResult", "calibrate", "calibrate_subject"]
 _MIN_REFUSALS = 8
 _SAFE_ROWS = 32
 _TARGET_ROWS = 24
-_CONFIRMED = 2
+_CONFIRMED = 3
+_LAYERS_APART = 2
+_CONFIRM_SCALES = (1.0, 2.0)
 _DOSES = torch.tensor([0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0])
 
 
@@ -419,33 +421,39 @@ def choose(
     # Controls belong to a layer: where the layer's best does not beat them, the others do not.
     by_layer = {effect.candidate.layer: effect for effect in reversed(able)}
     tried: list[Admission] = []
+    admitted: list[Admission] = []
     for effect in sorted(by_layer.values(), key=lambda e: -e.shift_per_nat):
+        layer = effect.candidate.layer
+        if any(abs(layer - a.effect.candidate.layer) < _LAYERS_APART for a in admitted):
+            continue  # neighbours carry nearly the same direction
         admission = admit(draft.subject, bench, effect, draft.config.n_controls)
         tried.append(admission)
+        if admission.admissible:
+            admitted.append(admission)
         progress.note(
-            f"{sign}: layer {effect.candidate.layer}, position {effect.candidate.position}:"
-            f" shift {effect.shift} {'admissible' if admission.admissible else 'not admissible'}"
+            f"{sign}: layer {layer}, position {effect.candidate.position}: shift {effect.shift}"
+            f" {'admissible' if admission.admissible else 'not admissible'}"
         )
-        if sum(a.admissible for a in tried) == _CONFIRMED:
+        if len(admitted) == _CONFIRMED:
             break
-    admitted = [a for a in tried if a.admissible]
     if not admitted:
         return None, (
             f"the best {sign} candidate of none of {len(tried)} layers is admissible;"
             f" the best of all {tried[0].why_not}"
         )
     prompts, base = draft.targets(bench, sign)
-    best: Choice | None = None
-    for admission in admitted:
-        trial = draft.confirm(admission, 1.0, chosen, sign, prompts, base, progress)
-        if trial is not None and (best is None or _gain(trial, sign) > _gain(best, sign)):
-            best = trial
-    if best is not None:
-        trial = draft.confirm(best.admission, 2.0, chosen, sign, prompts, base, progress)
-        if trial is not None and _gain(trial, sign) > _gain(best, sign):
-            best = trial
-    if best is None:
+    trials = [
+        trial
+        for admission in admitted
+        for factor in _CONFIRM_SCALES
+        if (trial := draft.confirm(admission, factor, chosen, sign, prompts, base, progress))
+    ]
+    if not trials:
         return None, f"no {sign} candidate changes responses and keeps them coherent"
+    # The greatest effect; among those within one prompt of it, the one that spends least.
+    most = max(_gain(trial, sign) for trial in trials)
+    nearly = [t for t in trials if (most - _gain(t, sign)) * len(prompts) < 1.5]
+    best = min(nearly, key=lambda t: t.rates["kl_nats"].value)
     candidate = best.effect.candidate
     curve = dose_response(draft.subject, bench, candidate, sign, best.scale, _DOSES)
     return replace(best, doses=torch.stack([_DOSES, *curve], 1)), ""
@@ -647,7 +655,7 @@ def _test(draft: _Draft, artifact: CarrierArtifact, splits: Splits) -> dict[str,
         artifact,
         draft.policy,
         [p.text for group in prompts.values() for p in group],
-        draft.config.confirm_tokens,
+        draft.config.test_tokens,
         draft.config.batch_size,
     )
     tested: dict[str, list[Answered]] = {}
