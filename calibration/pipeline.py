@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -74,6 +74,9 @@ __all__ = ["CalibrationResult", "calibrate", "calibrate_subject"]
 _MIN_REFUSALS = 8
 _SAFE_ROWS = 32
 _TARGET_ROWS = 24
+_MIN_TARGETS = 8
+_RAISE_IF_REFUSAL_BELOW = 0.9
+_LOWER_IF_REFUSAL_ABOVE = 0.1
 _CONFIRMED = 3
 _LAYERS_APART = 2
 _CONFIRM_SCALES = (1.0, 2.0)
@@ -372,14 +375,22 @@ def make_bench(
     # Only the last token is steered; the rest of the hidden states can go.
     step = replace(step, resid_pre={k: v[:, -1:].clone() for k, v in step.resid_pre.items()})
     refusal = refusal_probability(step.logits.cpu(), tokens.ids, tokens.weights)
-    # The prompts on which serving would steer come first: those still to be decided.
+
+    def undecided(rows: list[int], moved: Callable[[float], bool]) -> list[int]:
+        """Rows that serving would steer; where those are too few, the nearest to them."""
+        n_steered = sum(moved(float(refusal[i])) for i in rows)
+        return rows[: min(max(n_steered, _MIN_TARGETS), _TARGET_ROWS)]
+
     answering = sorted((row[p] for p in harmful), key=lambda i: float(refusal[i]))
     refusing = sorted((row[p] for p in refused), key=lambda i: -float(refusal[i]))
     return Bench(
         step,
         [p.text for p in asked],
         [row[p] for p in safe],
-        {"raise": answering[:_TARGET_ROWS], "lower": refusing[:_TARGET_ROWS]},
+        {
+            "raise": undecided(answering, lambda p: p < _RAISE_IF_REFUSAL_BELOW),
+            "lower": undecided(refusing, lambda p: p > _LOWER_IF_REFUSAL_ABOVE),
+        },
         tokens,
         config.safe_kl_nats,
         config.seed,
@@ -542,8 +553,8 @@ class _Draft:
             instruction_suffix_ids=self.subject.suffix_ids,
             raise_above=fit.raise_above,
             lower_below=lower_below,
-            raise_if_refusal_below=0.9,
-            lower_if_refusal_above=0.1,
+            raise_if_refusal_below=_RAISE_IF_REFUSAL_BELOW,
+            lower_if_refusal_above=_LOWER_IF_REFUSAL_ABOVE,
             alpha=config.alpha,
             delta=config.delta,
             n_by_stratum=fit.n_by_stratum,
@@ -684,6 +695,9 @@ def _geometry(
     found = {
         "effective_rank": effective_rank(rows),
         "participation_ratio": participation_ratio(rows),
+        "n_directions": float(len(rows)),
+        "n_harmful": float(len(harmful)),
+        "n_benign": float(len(benign)),
     }
     for sign, choice in chosen.items():
         place = choice.effect.candidate
