@@ -16,7 +16,7 @@ if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
     exit 1
 fi
 apt=$PWD/build/apt
-rm -rf "$apt" "$target"
+rm -rf "$apt" "$target" "$target.new"
 mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial" "$apt/download"
 private() {
     apt-get -qq -o "Dir::State::lists=$apt/lists" -o "Dir::Cache=$apt/cache" \
