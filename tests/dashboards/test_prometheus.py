@@ -76,14 +76,9 @@ class Prometheus:
         assert answer["status"] == "success", answer
         return answer["data"]
 
-    def value(self, expr: str) -> float:
-        """The only sample of an instant query."""
-        (series,) = self.get("query", query=expr)["result"]
-        return float(series["value"][1])
-
     def points(self, query: Query, model: str) -> list[float]:
         """What Grafana would draw of a panel's query: its finite numbers."""
-        filled = query.filled(model=model, rate_interval="60s")
+        filled = query.filled(model=model, rate_interval="10m")
         if query.instant:
             found = self.get("query", query=filled)["result"]
             values = [series["value"][1] for series in found]
@@ -226,7 +221,10 @@ def live(
         with spoiled(tiny.model):
             body = {"model": ENFORCED, "messages": [{"role": "user", "content": "ask paint car"}]}
             assert enforced.post("chat/completions", json=body).status_code == 500
-        ended = 'sum by (model) (trimtab_errors_total{kind="numerics"}) == 1'
+        ended = (
+            'trimtab_errors_total{kind="numerics"} == 1'
+            " and on () (count(sum by (model) (trimtab_judged_responses_total) == 100) == 2)"
+        )
         wait_until(lambda: prometheus.get("query", query=ended)["result"], seconds=30)
         yield Live(prometheus, enforced, observed, address)
 
@@ -332,7 +330,7 @@ def test_every_alert_fires_for_what_it_is_about_and_reads_well(live: Live) -> No
         labels = [alert["labels"] for alert in live.prometheus.firing()]
         return {(a["alertname"], a.get("instance") or a["model"]) for a in labels}
 
-    wait_until(lambda: expected <= firing(), seconds=20)
+    wait_until(lambda: expected <= firing(), seconds=60)
     # The model behind the observed server over-refuses by itself, and nothing helps it there.
     assert firing() == expected | {("TrimtabOverRefusalUp", OBSERVED)}
     assert {name for name, _ in expected} == {alert["alert"] for alert in alerts()}
