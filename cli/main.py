@@ -284,6 +284,7 @@ def serve(
             artifact_id=info.artifact_id,
             format_version=info.format_version,
         )
+        metrics.set_budgets(rules)
         engine.observers = Observers(metrics.observe, metrics.observe_gate, metrics.count_unguarded)
 
         def ready(url: str) -> None:
