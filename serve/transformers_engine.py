@@ -185,11 +185,13 @@ class TransformersEngine:
 
         Raises:
             NotArmedError: the engine is not running.
-            RequestError: an empty prompt, or token ids outside the vocabulary.
+            RequestError: an empty prompt, token ids outside the vocabulary, or a policy that is not
+                published.
             ContextOverflowError: prompt plus max_tokens do not fit.
             QueueFullError: too many requests wait.
         """
         self._check_request(request)
+        policy = self._policy.published(request.policy)
         loop = asyncio.get_running_loop()
         arrivals: asyncio.Queue[TokenStep | GuardError] = asyncio.Queue()
 
@@ -203,7 +205,7 @@ class TransformersEngine:
             request,
             self._tokenizer,
             self._model.device,
-            GuardSession(self._artifact, self._policy) if self._artifact else None,
+            GuardSession(self._artifact, policy) if self._artifact else None,
             deliver,
             self.observers.record,
         )
@@ -324,9 +326,7 @@ class TransformersEngine:
 
     def _run(self, rows: Sequence[Row]) -> None:
         began = time.monotonic()
-        batch = GuardedBatch(
-            self._model, rows, self._eos_ids, self._artifact, self._policy, self.observers
-        )
+        batch = GuardedBatch(self._model, rows, self._eos_ids, self._artifact, self.observers)
         try:
             while not batch.done and not self._stopping:
                 batch.step()

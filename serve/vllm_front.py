@@ -12,14 +12,14 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from guard.artifact import CarrierArtifact
-from guard.errors import NotArmedError
+from guard.errors import NotArmedError, RequestError
 from guard.gate import Zone
-from guard.policy import Policy
+from guard.policy import POLICY_FIELD, Policy
 from guard.refusal import judge
 from guard.session import Record
 from serve.metrics import ErrorKind, GuardMetrics
@@ -152,7 +152,7 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
         front._task = loop.create_task(front._work())
 
     def add_request(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_request(kwargs.get("params", args[2] if len(args) > 2 else None))
+        _check_request(policy, *_prompt_and_params(args, kwargs))
 
         async def guarded() -> Any:
             await self.trimtab.ensure_armed()
@@ -183,6 +183,10 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
         n_ranks = self.vllm_config.parallel_config.world_size
         check_statuses(self.collective_rpc("trimtab_status"), artifact.artifact_id, n_ranks)
 
+    def add_request_sync(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_request(policy, *_prompt_and_params(args, kwargs))
+        return original(self, *args, **kwargs)
+
     def finish(original: Callable[..., Any], self: Any, state: Any) -> Any:
         front = self.__dict__.get("trimtab")
         if front is not None and state.detokenizer is not None:
@@ -204,6 +208,7 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
     wrap(AsyncLLM, "check_health", check_health)
     wrap(AsyncLLM, "shutdown", shutdown)
     wrap(LLMEngine, "__init__", init_sync)
+    wrap(LLMEngine, "add_request", add_request_sync)
     wrap(OutputProcessor, "_finish_request", finish)
     wrap(OutputProcessor, "abort_requests", abort)
 
@@ -231,24 +236,42 @@ def _refuse_beam_search() -> None:
         owner.beam_search = refuse  # type: ignore[attr-defined]
 
 
-def _check_request(params: Any) -> None:
-    """Refuse a request that names anything of the guard's; vLLM answers 400.
+def _prompt_and_params(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Prompt and sampling parameters of a call of `add_request`; a finished request has its own."""
+    prompt = kwargs.get("prompt", args[1] if len(args) > 1 else None)
+    params = kwargs.get("params", args[2] if len(args) > 2 else None)
+    return prompt, getattr(prompt, "params", params)
+
+
+def _check_request(policy: Policy, prompt: Any, params: Any) -> None:
+    """Refuse what cannot be guarded, or names more of the guard than a published policy.
 
     Raises:
-        VLLMValidationError: vLLM's own word for a client's fault.
+        VLLMValidationError: vLLM's own word for a client's fault; it answers 400.
     """
     from vllm.exceptions import VLLMValidationError
 
-    named = [
-        name
-        for name in getattr(params, "extra_args", None) or {}
-        if name.lower().startswith("trimtab")
-    ]
+    if isinstance(prompt, AsyncGenerator):
+        raise VLLMValidationError(
+            "a prompt that goes on after the response began cannot be guarded: the gate is read"
+            " once, at the end of the prompt",
+            parameter="prompt",
+        )
+    extra = getattr(params, "extra_args", None) or {}
+    named = [name for name in extra if name.lower().startswith("trimtab") and name != POLICY_FIELD]
     if named:
         raise VLLMValidationError(
-            f"vllm_xargs {', '.join(named)}: the guard is the operator's, no request can change it",
+            f"vllm_xargs {', '.join(named)}: the guard is the operator's; a request can only name"
+            f" a published policy, as {POLICY_FIELD}",
             parameter="vllm_xargs",
         )
+    wanted = extra.get(POLICY_FIELD)
+    try:
+        if POLICY_FIELD in extra and not isinstance(wanted, str):
+            raise RequestError(f"{POLICY_FIELD} must be a string")
+        policy.published(wanted)
+    except RequestError as error:
+        raise VLLMValidationError(f"vllm_xargs: {error}", parameter="vllm_xargs") from error
 
 
 @functools.lru_cache(maxsize=8)

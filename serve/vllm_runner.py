@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from guard.errors import UnsupportedModelError
+from guard.policy import POLICY_FIELD
 from serve.vllm_guard import SamplingRow, StepGuard
 
 __all__ = ["ModelRunner", "attach_v1", "attach_v2"]
@@ -178,6 +179,7 @@ class _V1(ModelRunner):
                     position=seen[row] - request.num_prompt_tokens,
                     n_prompt=request.num_prompt_tokens,
                     temperature=_temperature(request.sampling_params),
+                    policy=_policy(request.sampling_params),
                 )
             )
         return rows
@@ -237,7 +239,7 @@ class _V2(ModelRunner):
 
     def __init__(self, runner: Any, layers: Sequence[int]) -> None:
         super().__init__(runner, layers)
-        self.prompts: dict[str, tuple[Sequence[int], float]] = {}
+        self.prompts: dict[str, tuple[Sequence[int], float, str | None]] = {}
 
     def sampling_rows(self) -> list[SamplingRow]:
         """The rows that sample; prompts that are not finished do not."""
@@ -247,8 +249,9 @@ class _V2(ModelRunner):
             seen = int(batch.num_computed_tokens_np[row] + batch.num_scheduled_tokens[row])
             if seen < int(batch.prefill_len_np[row]):
                 continue
-            prompt, temperature = self.prompts[request_id]
-            rows.append(SamplingRow(row, request_id, seen - len(prompt), len(prompt), temperature))
+            prompt, temperature, policy = self.prompts[request_id]
+            position, n_prompt = seen - len(prompt), len(prompt)
+            rows.append(SamplingRow(row, request_id, position, n_prompt, temperature, policy))
         return rows
 
     def prompt_ids(self, request_id: str) -> Sequence[int]:
@@ -324,8 +327,12 @@ def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
             view.prompts.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
             if new.sampling_params is not None:
-                prompt = new.prompt_token_ids
-                view.prompts[new.req_id] = (prompt, _temperature(new.sampling_params))
+                params = new.sampling_params
+                view.prompts[new.req_id] = (
+                    new.prompt_token_ids,
+                    _temperature(params),
+                    _policy(params),
+                )
         return execute_model(scheduler_output, *args, **kwargs)
 
     def noting_prepare_attn(input_batch: Any) -> Any:
@@ -364,6 +371,11 @@ def _follow(guard: StepGuard, view: ModelRunner, scheduler_output: Any) -> None:
 
 def _temperature(params: Any) -> float:
     return 0.0 if params.temperature < _GREEDY_BELOW else float(params.temperature)
+
+
+def _policy(params: Any) -> str | None:
+    wanted = (params.extra_args or {}).get(POLICY_FIELD)
+    return None if wanted is None else str(wanted)
 
 
 def _decoder(model: nn.Module) -> Any:

@@ -300,9 +300,7 @@ def _run_batch(
         )
         for answer in answers
     ]
-    batch = GuardedBatch(
-        ShadowModel(subject.model), rows, frozenset(), subject.guard, POLICY, Observers()
-    )
+    batch = GuardedBatch(ShadowModel(subject.model), rows, frozenset(), subject.guard, Observers())
     while not batch.done:
         batch.step()
     return batch, answers
