@@ -12,6 +12,7 @@ anything else is not read at all.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -124,6 +125,11 @@ class Policy(BaseModel):
     def fails_closed(self) -> bool:
         """True if a request that cannot be guarded must not be served."""
         return self.on_failure == "closed" and self.mode == "enforce"
+
+    @property
+    def digest(self) -> str:
+        """What tells this policy from another: processes of one server compare it."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     def published(self, name: str | None) -> Policy:
         """Return what a client asked for by name; None asks for the default.

@@ -56,7 +56,7 @@ class Front:
     """
 
     def __init__(self, engine: Any, artifact: CarrierArtifact, policy: Policy) -> None:
-        self._engine, self._artifact = engine, artifact
+        self._engine, self._artifact, self._policy = engine, artifact, policy
         self._ended: dict[str, _Ended] = {}
         self._armed = False
         self._arming: asyncio.Lock | None = None
@@ -85,7 +85,7 @@ class Front:
         async with self._arming:
             statuses = await self._engine.collective_rpc("trimtab_status")
             n_ranks = self._engine.vllm_config.parallel_config.world_size
-            check_statuses(statuses, self._artifact.artifact_id, n_ranks)
+            check_statuses(statuses, self._artifact.artifact_id, self._policy, n_ranks)
             self._armed = True
             self.metrics.set_armed(True)
 
@@ -181,7 +181,8 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
         original(self, *args, **kwargs)
         _refuse_beam_search()
         n_ranks = self.vllm_config.parallel_config.world_size
-        check_statuses(self.collective_rpc("trimtab_status"), artifact.artifact_id, n_ranks)
+        statuses = self.collective_rpc("trimtab_status")
+        check_statuses(statuses, artifact.artifact_id, policy, n_ranks)
 
     def add_request_sync(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
         _check_request(policy, *_prompt_and_params(args, kwargs))

@@ -6,6 +6,7 @@ a warning: the guard serves what it can prove, or nothing.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from guard.errors import UnsupportedModelError
@@ -40,6 +41,11 @@ def _rules(config: Any) -> list[tuple[bool, str]]:
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     load_format = getattr(config.load_config.load_format, "value", config.load_config.load_format)
     return [
+        (
+            os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
+            "unset VLLM_USE_RUST_FRONTEND: requests would not pass the guard's admission, nor be"
+            " counted",
+        ),
         (
             parallel.pipeline_parallel_size > 1,
             "set --pipeline-parallel-size 1: the gate and the carriers lie on several stages",

@@ -96,6 +96,19 @@ class Engine:
         self.temperatures: dict[str, float] = {}
         if self.guard is not None:
             self.guard.on_mixture = self._audit
+        core = self.llm.llm_engine.engine_core.engine_core
+        # vLLM compiles grammars in a thread, and a request joins the batch when its grammar is
+        # there: under load a step later, and the rows of another batch shape round otherwise.
+        core.structured_output_manager._use_async_grammar_compilation = False
+        self.batches: list[list[int]] = []
+        schedule = core.scheduler.schedule
+
+        def noting_schedule(*args: Any, **kwargs: Any) -> Any:
+            step = schedule(*args, **kwargs)
+            self.batches.append(list(step.num_scheduled_tokens.values()))
+            return step
+
+        core.scheduler.schedule = noting_schedule
 
     def _audit(self, name: str, _: int, mixed: Tensor, base: Tensor, nats: float) -> None:
         """KL(mixed ‖ base) by its definition, in float64 and independently of the guard's code."""
@@ -151,7 +164,10 @@ class Engine:
 
 
 def answers(model: str, out: Path, options: dict[str, Any]) -> None:
-    """A mixed batch with logprobs: greedy and sampled, penalties, a grammar."""
+    """A mixed batch with logprobs: greedy and sampled, penalties, a grammar.
+
+    Every response has its full length, steered or not, so that all runs have the same batches.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -162,13 +178,15 @@ def answers(model: str, out: Path, options: dict[str, Any]) -> None:
             temperature=TEMPERATURES[i % 4],
             seed=i,
             max_tokens=options.get("max_tokens", 20),
+            ignore_eos=i != 7,
             logprobs=2,
             repetition_penalty=1.2 if i % 5 == 4 else 1.0,
             structured_outputs=StructuredOutputsParams(choice=["yes", "no"]) if i == 7 else None,
         )
         for i in range(len(prompts))
     ]
-    out.write_text(json.dumps(engine.chat(prompts, params)))
+    found = engine.chat(prompts, params)
+    out.write_text(json.dumps({"answers": found, "batches": engine.batches}))
 
 
 def zones(model: str, out: Path, options: dict[str, Any]) -> None:
@@ -307,6 +325,7 @@ def refused(model: str, out: Path, _: dict[str, Any]) -> None:
         "--speculative-config": {
             "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}
         },
+        "VLLM_USE_RUST_FRONTEND": {},
         "--enable-prompt-embeds": {"enable_prompt_embeds": True},
         "--enable-lora": {"enable_lora": True},
         "--load-format": {"load_format": "dummy"},
@@ -317,6 +336,7 @@ def refused(model: str, out: Path, _: dict[str, Any]) -> None:
     }
     seen = {}
     for name, extra in cases.items():
+        os.environ["VLLM_USE_RUST_FRONTEND"] = str(int(name == "VLLM_USE_RUST_FRONTEND"))
         try:
             config = EngineArgs(model, max_model_len=512, **extra).create_engine_config()
             seen[name] = f"started, salt {config.additional_config.get('trimtab')}"
