@@ -89,6 +89,24 @@ class Front:
             self._armed = True
             self.metrics.set_armed(True)
 
+    async def admit(self, prompt: Any, params: Any) -> None:
+        """Return if a request may be served.
+
+        Raises:
+            VLLMValidationError: it cannot be guarded, or asks for what it must not; 400.
+            NotArmedError: the guard is not armed.
+        """
+        try:
+            _check_request(self._policy, prompt, params)
+        except RequestError as error:
+            self.metrics.count_error(ErrorKind.BAD_REQUEST)
+            raise _client_fault(error) from error
+        try:
+            await self.ensure_armed()
+        except NotArmedError:
+            self.metrics.count_error(ErrorKind.NOT_ARMED)
+            raise
+
     def end(self, request_id: str, text: str | None, seconds: float | None) -> None:
         """A response ended; None as text: it was aborted."""
         self._ended[request_id] = _Ended(text, seconds)
@@ -152,10 +170,8 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
         front._task = loop.create_task(front._work())
 
     def add_request(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_request(policy, *_prompt_and_params(args, kwargs))
-
         async def guarded() -> Any:
-            await self.trimtab.ensure_armed()
+            await self.trimtab.admit(*_prompt_and_params(args, kwargs))
             return await original(self, *args, **kwargs)
 
         return guarded()
@@ -185,7 +201,10 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
         check_statuses(statuses, artifact.artifact_id, policy, n_ranks)
 
     def add_request_sync(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_request(policy, *_prompt_and_params(args, kwargs))
+        try:
+            _check_request(policy, *_prompt_and_params(args, kwargs))
+        except RequestError as error:
+            raise _client_fault(error) from error
         return original(self, *args, **kwargs)
 
     def finish(original: Callable[..., Any], self: Any, state: Any) -> Any:
@@ -248,31 +267,34 @@ def _check_request(policy: Policy, prompt: Any, params: Any) -> None:
     """Refuse what cannot be guarded, or names more of the guard than a published policy.
 
     Raises:
-        VLLMValidationError: vLLM's own word for a client's fault; it answers 400.
+        RequestError: the client's fault.
     """
-    from vllm.exceptions import VLLMValidationError
-
     if isinstance(prompt, AsyncGenerator):
-        raise VLLMValidationError(
+        raise RequestError(
             "a prompt that goes on after the response began cannot be guarded: the gate is read"
             " once, at the end of the prompt",
-            parameter="prompt",
+            "prompt",
         )
     extra = getattr(params, "extra_args", None) or {}
     named = [name for name in extra if name.lower().startswith("trimtab") and name != POLICY_FIELD]
     if named:
-        raise VLLMValidationError(
+        raise RequestError(
             f"vllm_xargs {', '.join(named)}: the guard is the operator's; a request can only name"
             f" a published policy, as {POLICY_FIELD}",
-            parameter="vllm_xargs",
+            "vllm_xargs",
         )
-    wanted = extra.get(POLICY_FIELD)
-    try:
-        if POLICY_FIELD in extra and not isinstance(wanted, str):
-            raise RequestError(f"{POLICY_FIELD} must be a string")
-        policy.published(wanted)
-    except RequestError as error:
-        raise VLLMValidationError(f"vllm_xargs: {error}", parameter="vllm_xargs") from error
+    if POLICY_FIELD in extra:
+        if not isinstance(extra[POLICY_FIELD], str):
+            raise RequestError(f"{POLICY_FIELD} must be a string", POLICY_FIELD)
+        policy.published(extra[POLICY_FIELD])
+
+
+def _client_fault(error: RequestError) -> Exception:
+    """What vLLM answers with status 400."""
+    from vllm.exceptions import VLLMValidationError
+
+    fault: Exception = VLLMValidationError(str(error), parameter=error.param)
+    return fault
 
 
 @functools.lru_cache(maxsize=8)

@@ -147,6 +147,24 @@ def test_a_grammar_still_binds_a_steered_response(run: Run) -> None:
     assert constrained["text"] in ("yes", "no")
 
 
+def test_request_features_work_on_steered_responses_inside_their_budgets(run: Run) -> None:
+    features = run("answers", n_each=8, eager=True)["features"]
+    choices = [choice for choices in features.values() for choice in choices]
+    assert {choice["record"]["zone"] for choice in choices} == {"raise"}
+    assert all(within_budget(choice["record"]) for choice in choices)
+    assert all(choice["record"]["shadow_passes"] > 0 for choice in choices)
+    # Choices have a budget each, and spend it on their own tokens.
+    assert len({choice["text"] for choice in features["n"]}) > 1
+    assert len({choice["record"]["kl_nats"] for choice in features["n"]}) > 1
+    assert " " not in features["stop"][0]["text"]
+    assert features["stop"][0]["n_tokens"] < 20
+    assert json.loads(features["json"][0]["text"])["answer"] in ("yes", "no")
+    assert "sorry" not in features["sampling"][0]["text"]
+    assert features["sampling"][0]["n_tokens"] == 20
+    assert features["logprobs"][0]["n_logprobs"] == 6
+    assert features["logprobs"][0]["n_prompt_logprobs"] > 20
+
+
 # ------------------------------------------------------------------ caches
 
 
@@ -171,6 +189,7 @@ def test_a_storm_with_aborts_and_preemptions_mixes_nothing_up(run: Run) -> None:
     storm = run("storm", n_blocks=40)
     calm = run("zones", n_each=22)[0]
     assert storm["preemptions"] > 0
+    assert "no such policy" in storm["refused"]
     assert len(storm["aborted"]) >= 8
     assert set(storm["finished"]) | set(storm["aborted"]) == {f"s{i}" for i in range(64)}
     assert len(storm["running"]) <= 1  # the last request is told to be over with the next one

@@ -186,7 +186,67 @@ def answers(model: str, out: Path, options: dict[str, Any]) -> None:
         for i in range(len(prompts))
     ]
     found = engine.chat(prompts, params)
-    out.write_text(json.dumps({"answers": found, "batches": engine.batches}))
+    batches = list(engine.batches)
+    raised = [
+        text
+        for text, answer in zip(prompts, found, strict=True)
+        if engine.guard is not None and answer["record"]["zone"] == "raise"
+    ]
+    features = _features(engine, raised[0]) if raised else {}
+    out.write_text(json.dumps({"answers": found, "batches": batches, "features": features}))
+
+
+def _features(engine: Engine, text: str) -> dict[str, Any]:
+    """Request features of vLLM on a prompt that is raised: name → what every choice was."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    answer = {"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}}
+    schema = {**answer, "required": ["answer"], "additionalProperties": False}
+    cases = {
+        "n": SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=20),
+        "stop": SamplingParams(temperature=0.0, max_tokens=20, stop=[" "]),
+        "json": SamplingParams(
+            temperature=0.0, max_tokens=40, structured_outputs=StructuredOutputsParams(json=schema)
+        ),
+        "sampling": SamplingParams(
+            temperature=0.9,
+            top_p=0.9,
+            top_k=40,
+            min_p=0.02,
+            presence_penalty=1.0,
+            frequency_penalty=1.0,
+            repetition_penalty=1.1,
+            logit_bias={0: -50.0},
+            bad_words=["sorry"],
+            min_tokens=20,
+            max_tokens=20,
+            seed=1,
+        ),
+        "logprobs": SamplingParams(temperature=0.0, max_tokens=6, logprobs=3, prompt_logprobs=1),
+    }
+    first = int(engine.llm.request_counter.counter)
+    for i, params in enumerate(cases.values()):
+        names = [f"{first + i}", *(f"{choice}_{first + i}" for choice in range(3))]
+        engine.temperatures.update(dict.fromkeys(names, params.temperature))
+    chats: list[Any] = [[{"role": "user", "content": text}]] * len(cases)
+    outputs = engine.llm.chat(chats, list(cases.values()), use_tqdm=False)
+    records = engine.records()
+    return {
+        name: [
+            {
+                "text": choice.text,
+                "n_tokens": len(choice.token_ids),
+                "n_logprobs": len(choice.logprobs or []),
+                "n_prompt_logprobs": len(output.prompt_logprobs or []),
+                "record": records[
+                    output.request_id if params.n == 1 else f"{choice.index}_{output.request_id}"
+                ],
+            }
+            for choice in output.outputs
+        ]
+        for (name, params), output in zip(cases.items(), outputs, strict=True)
+    }
 
 
 def zones(model: str, out: Path, options: dict[str, Any]) -> None:
@@ -238,6 +298,7 @@ def prefix(model: str, out: Path, _: dict[str, Any]) -> None:
 def storm(model: str, out: Path, options: dict[str, Any]) -> None:
     """Many requests at once, random aborts, and a KV cache that forces preemption."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     engine = Engine(
         model,
@@ -271,6 +332,12 @@ def storm(model: str, out: Path, options: dict[str, Any]) -> None:
             victim = chance.choice(left)
             llm.abort_request([victim])
             aborted.append(victim)
+    try:
+        loose = SamplingParams(max_tokens=1, extra_args={"trimtab_policy": "loose"})
+        engine.chat(["Hello"], [loose])
+        refused = None
+    except VLLMValidationError as error:
+        refused = str(error)
     # A last request flushes what vLLM still has to tell its workers; then nothing may be left.
     engine.chat(["Hello"], [SamplingParams(max_tokens=1, temperature=0.0)])
     engine.chat(["Hello"], [SamplingParams(max_tokens=1, temperature=0.0)])
@@ -286,6 +353,7 @@ def storm(model: str, out: Path, options: dict[str, Any]) -> None:
                 "finished": finished,
                 "aborted": aborted,
                 "preemptions": preemptions,
+                "refused": refused,
                 "running": sorted(engine.guard.requests) if engine.guard else [],
             }
         )
