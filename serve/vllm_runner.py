@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -218,11 +219,36 @@ class _V1(ModelRunner):
 
     def last_token_again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
         """(len(rows), vocab) logits of the rows' last tokens, entered at `layer` with `hidden`."""
+        if self._runner.lora_config is not None:
+            return self._again_with_adapters(rows, layer, hidden)
+        return self._again(rows, layer, hidden)
+
+    def _again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
         runner = self._runner
         index = torch.tensor(rows, device=hidden.device)
         table = runner.input_batch.block_table[0].get_device_tensor(runner.input_batch.num_reqs)
         seen = runner.optimistic_seq_lens_cpu[list(rows)]
         return self._run(layer, hidden, runner.seq_lens[index], seen, table[index].contiguous())
+
+    def _again_with_adapters(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """Likewise, each row with its own LoRA adapter.
+
+        vLLM looks adapters up by a token's place in the step, and some of its kernels have room for
+        only `max_num_seqs` changes from one adapter to another: rows are sorted by adapter.
+        """
+        runner, batch = self._runner, self._runner.input_batch
+        adapters = batch.request_lora_mapping[list(rows)]
+        order = adapters.argsort(kind="stable")
+        mapping = tuple(adapters[order].tolist())
+        runner._set_active_loras(mapping, mapping, set(batch.lora_id_to_lora_request.values()))
+        try:
+            ordered = [rows[i] for i in order]
+            logits = self._again(ordered, layer, hidden[torch.from_numpy(order).to(hidden.device)])
+        finally:  # log-probabilities of prompts are computed after this
+            step = self.state.scheduler_output.num_scheduled_tokens
+            scheduled = np.array([step[name] for name in batch.req_ids], dtype=np.int32)
+            runner.set_active_loras(batch, scheduled)
+        return logits[torch.from_numpy(order.argsort()).to(logits.device)]
 
     @property
     def _n_tokens(self) -> int:
@@ -316,6 +342,10 @@ def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
     Raises:
         UnsupportedModelError: this model cannot be guarded.
     """
+    if runner.lora_config is not None:
+        raise UnsupportedModelError(
+            "--enable-lora is guarded on the V1 model runner only: unset VLLM_USE_V2_MODEL_RUNNER"
+        )
     view = _V2(runner, guard.layers)
     model = runner.get_model()
     execute_model, prepare_attn = runner.execute_model, runner.prepare_attn

@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -47,6 +48,41 @@ def make_guard(model: str, out: Path, _: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
     save_artifact(_make_guard(Subject(loaded, tokenizer, None)), out)  # type: ignore[arg-type]
+
+
+def quantise(model: str, out: Path, _: dict[str, Any]) -> None:
+    """A checkpoint with 8-bit weights and activations, in the format of compressed-tensors."""
+    from safetensors.torch import load_file, save_file
+
+    folder = out.with_suffix("")
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(Path(model).glob("*.safetensors")):
+        for name, weight in load_file(file).items():
+            if name.endswith("_proj.weight"):
+                scale = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-8) / 127
+                tensors[name] = (weight.float() / scale).round().to(torch.int8)
+                tensors[name + "_scale"] = scale.to(weight.dtype)
+            else:
+                tensors[name] = weight
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**eight_bits, "strategy": "channel", "dynamic": False},
+                "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    out.write_text(json.dumps(str(folder)))
 
 
 def reference(model: str, out: Path, options: dict[str, Any]) -> None:
@@ -138,7 +174,9 @@ class Engine:
             }
         return found
 
-    def chat(self, conversations: Sequence[Any], params: Sequence[Any]) -> list[dict[str, Any]]:
+    def chat(
+        self, conversations: Sequence[Any], params: Sequence[Any], **options: Any
+    ) -> list[dict[str, Any]]:
         """Answer; conversations are texts or lists of messages."""
         first = int(self.llm.request_counter.counter)
         for i, param in enumerate(params):
@@ -146,7 +184,7 @@ class Engine:
         asked = [
             [{"role": "user", "content": c}] if isinstance(c, str) else c for c in conversations
         ]
-        outputs = self.llm.chat(asked, list(params), use_tqdm=False)
+        outputs = self.llm.chat(asked, list(params), use_tqdm=False, **options)
         records = self.records()
         return [
             {
@@ -360,6 +398,73 @@ def storm(model: str, out: Path, options: dict[str, Any]) -> None:
     )
 
 
+def lora(model: str, out: Path, options: dict[str, Any]) -> None:
+    """A batch in which every other request has an adapter, and the zero-strength shadow of each."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from serve.canary import compare
+
+    engine = Engine(model, enable_lora=True, max_lora_rank=8, max_num_seqs=12)
+    adapter = LoRARequest("adapter", 1, _random_adapter(model, out.with_suffix("")))
+    gaps: list[float] = []
+
+    def look(runner: Any, logits: Tensor) -> None:
+        # Backwards and twice, so that no row has the place that it has in the step.
+        rows = list(range(logits.shape[0]))[::-1] * 2
+        for layer in engine.guard.layers[1:]:
+            null = runner.last_hidden(layer)[rows]
+            again = runner.last_token_again(rows, layer, null)
+            gaps.append(compare("none", layer, logits[rows], again, again + 1.0).gap)
+
+    if engine.guard is not None:
+        engine.guard.on_base = look
+    prompts = texts(options["n_each"])
+    params = [
+        SamplingParams(
+            temperature=TEMPERATURES[i % 4], seed=i, max_tokens=12, ignore_eos=True, logprobs=2
+        )
+        for i in range(len(prompts))
+    ]
+    adapters = [adapter if i % 2 else None for i in range(len(prompts))]
+    found = engine.chat(prompts, params, lora_request=adapters)
+    out.write_text(json.dumps({"answers": found, "batches": engine.batches, "gaps": gaps}))
+
+
+def _random_adapter(model: str, folder: Path) -> str:
+    """A LoRA adapter that changes what every layer does."""
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    heads = config.hidden_size // config.num_attention_heads
+    sizes = {
+        "self_attn.q_proj": (config.hidden_size, config.hidden_size),
+        "self_attn.v_proj": (config.hidden_size, config.num_key_value_heads * heads),
+        "mlp.down_proj": (config.intermediate_size, config.hidden_size),
+    }
+    chance = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(config.num_hidden_layers):
+        for name, (n_in, n_out) in sizes.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            a = torch.randn(8, n_in, generator=chance) / n_in**0.5
+            b = torch.randn(n_out, 8, generator=chance) * 0.05
+            tensors[f"{prefix}.lora_A.weight"] = a.bfloat16()
+            tensors[f"{prefix}.lora_B.weight"] = b.bfloat16()
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    about = {
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 8,
+        "target_modules": [name.split(".")[1] for name in sizes],
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    return str(folder)
+
+
 def two_ranks(model: str, out: Path, options: dict[str, Any]) -> None:
     """Tensor parallelism: what each rank's guard did, over the RPC that operators have."""
     cores = sorted(os.sched_getaffinity(0))
@@ -395,8 +500,14 @@ def refused(model: str, out: Path, _: dict[str, Any]) -> None:
         },
         "VLLM_USE_RUST_FRONTEND": {},
         "--enable-prompt-embeds": {"enable_prompt_embeds": True},
-        "--enable-lora": {"enable_lora": True},
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": {"enable_lora": True},
+        "--max-num-batched-tokens": {
+            "enable_lora": True,
+            "max_num_seqs": 512,
+            "max_num_batched_tokens": 512,
+        },
         "--load-format": {"load_format": "dummy"},
+        "--quantization": {"quantization": "fp8"},
         "--runner": {"runner": "pooling"},
         "--kv-transfer-config": {
             "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
@@ -404,7 +515,8 @@ def refused(model: str, out: Path, _: dict[str, Any]) -> None:
     }
     seen = {}
     for name, extra in cases.items():
-        os.environ["VLLM_USE_RUST_FRONTEND"] = str(int(name == "VLLM_USE_RUST_FRONTEND"))
+        for variable in ("VLLM_USE_RUST_FRONTEND", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+            os.environ[variable] = str(int(name == variable))
         try:
             config = EngineArgs(model, max_model_len=512, **extra).create_engine_config()
             seen[name] = f"started, salt {config.additional_config.get('trimtab')}"
@@ -427,7 +539,19 @@ def start(model: str, out: Path, options: dict[str, Any]) -> None:
 
 SCENARIOS: dict[str, Callable[[str, Path, dict[str, Any]], None]] = {
     f.__name__: f
-    for f in (make_guard, reference, answers, zones, prefix, storm, two_ranks, refused, start)
+    for f in (
+        make_guard,
+        quantise,
+        reference,
+        answers,
+        zones,
+        prefix,
+        storm,
+        lora,
+        two_ranks,
+        refused,
+        start,
+    )
 }
 
 if __name__ == "__main__":
