@@ -26,9 +26,14 @@ def run(vllm_model_dir: Path, vllm_guard: Path, tmp_path_factory: pytest.TempPat
     done: dict[str, Any] = {}
 
     def go(
-        scenario: str, *, guard: Path | None = vllm_guard, mode: str = "enforce", **options: Any
+        scenario: str,
+        *,
+        model: Path = vllm_model_dir,
+        guard: Path | None = vllm_guard,
+        mode: str = "enforce",
+        **options: Any,
     ) -> Any:
-        key = json.dumps([scenario, str(guard), mode, options])
+        key = json.dumps([scenario, str(model), str(guard), mode, options])
         if key not in done:
             out = folder / f"{len(done)}.json"
             policy = folder / f"{mode}.yaml"
@@ -36,7 +41,7 @@ def run(vllm_model_dir: Path, vllm_guard: Path, tmp_path_factory: pytest.TempPat
             extra = {"TRIMTAB_GUARD": str(guard), "TRIMTAB_POLICY": str(policy)} if guard else {}
             command = [sys.executable, "-m", "tests.serve.vllm_driver", scenario]
             process = subprocess.run(
-                [*command, str(vllm_model_dir), str(out), json.dumps(options)],
+                [*command, str(model), str(out), json.dumps(options)],
                 cwd=ROOT,
                 env={**vllm_env(folder), **extra},
                 capture_output=True,
@@ -163,6 +168,42 @@ def test_request_features_work_on_steered_responses_inside_their_budgets(run: Ru
     assert features["sampling"][0]["n_tokens"] == 20
     assert features["logprobs"][0]["n_logprobs"] == 6
     assert features["logprobs"][0]["n_prompt_logprobs"] > 20
+
+
+# ------------------------------------------------------------------ adapters, quantised weights
+
+
+def test_rows_with_lora_adapters_are_shadowed_with_their_own_adapter(run: Run) -> None:
+    seen = run("lora", n_each=4)
+    stock, guarded = same_batches(run("lora", guard=None, n_each=4), seen)
+    assert zones_of(guarded) == {"pass", "raise", "lower"}
+    assert all(within_budget(answer["record"]) for answer in guarded)
+    assert any(a["record"]["zone"] != "pass" for a in guarded[1::2])  # those with the adapter
+    passed = [i for i, a in enumerate(guarded) if a["record"]["zone"] == "pass"]
+    assert {i % 2 for i in passed} == {0, 1}
+    assert [bits(guarded[i]) for i in passed] == [bits(stock[i]) for i in passed]
+    # In another order, too, every row is its base row but for rounding, as the canary allows.
+    assert len(seen["gaps"]) >= 12
+    assert max(seen["gaps"]) < 0.1
+
+
+def test_a_quantised_checkpoint_is_served_behind_a_guard_of_its_own(
+    run: Run, tmp_path: Path
+) -> None:
+    model = Path(run("quantise"))
+    guard = tmp_path / "guard.safetensors"
+    subprocess.run(
+        [sys.executable, "-m", "tests.serve.vllm_driver", "make_guard", str(model), str(guard)],
+        cwd=ROOT,
+        env=vllm_env(tmp_path),
+        check=True,
+    )
+    assert load_artifact(guard).manifest.model.quantization == "compressed-tensors"
+    answers = run("zones", model=model, guard=guard, n_each=5)[0]
+    assert zones_of(answers) == {"pass", "raise", "lower"}
+    assert all(within_budget(answer["record"]) for answer in answers)
+    steered = [a["record"] for a in answers if a["record"]["zone"] != "pass"]
+    assert min(record["kl_nats"] for record in steered) > 0
 
 
 # ------------------------------------------------------------------ caches
