@@ -25,7 +25,7 @@ from guard.session import Record
 from serve.metrics import ErrorKind, GuardMetrics
 from serve.vllm_patch import check_statuses, wrap
 
-__all__ = ["Front", "install", "read_record"]
+__all__ = ["Front", "check_request", "install", "read_record"]
 
 _log = logging.getLogger("trimtab.vllm")
 
@@ -97,7 +97,7 @@ class Front:
             NotArmedError: the guard is not armed.
         """
         try:
-            _check_request(self._policy, prompt, params)
+            check_request(self._policy, prompt, params)
         except RequestError as error:
             self.metrics.count_error(ErrorKind.BAD_REQUEST)
             raise _client_fault(error) from error
@@ -202,7 +202,7 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
 
     def add_request_sync(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            _check_request(policy, *_prompt_and_params(args, kwargs))
+            check_request(policy, *_prompt_and_params(args, kwargs))
         except RequestError as error:
             raise _client_fault(error) from error
         return original(self, *args, **kwargs)
@@ -263,7 +263,7 @@ def _prompt_and_params(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
     return prompt, getattr(prompt, "params", params)
 
 
-def _check_request(policy: Policy, prompt: Any, params: Any) -> None:
+def check_request(policy: Policy, prompt: Any, params: Any) -> None:
     """Refuse what cannot be guarded, or names more of the guard than a published policy.
 
     Raises:
