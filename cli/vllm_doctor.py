@@ -29,7 +29,7 @@ from serve.canary import CanaryReading
 
 __all__ = ["check_records", "check_status", "check_vllm"]
 
-_N_HARMFUL, _N_BENIGN = 48, 16
+_N_HARMFUL, _N_BENIGN = 32, 8
 _LOG_LINES = 15
 
 
@@ -184,7 +184,7 @@ def _prove(model: str, options: Sequence[str], prompts: Sequence[str]) -> dict[s
     )
     statuses = [str(status) for status in llm.collective_rpc("trimtab_status")]
     chats: list[Any] = [[{"role": "user", "content": text}] for text in prompts]
-    llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=8), use_tqdm=False)
+    llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
     # vLLM tells its workers with the next step that a request is over.
     llm.chat(chats[:1], SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)
     served = json.loads(llm.collective_rpc("trimtab_drain")[0])

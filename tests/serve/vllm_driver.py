@@ -51,7 +51,8 @@ def make_guard(model: str, out: Path, _: dict[str, Any]) -> None:
 
 
 def quantise(model: str, out: Path, _: dict[str, Any]) -> None:
-    """A checkpoint with 8-bit weights and activations, in the format of compressed-tensors."""
+    """A checkpoint with 4-bit weights in groups of 128, in the format of compressed-tensors."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     from safetensors.torch import load_file, save_file
 
     folder = out.with_suffix("")
@@ -60,24 +61,26 @@ def quantise(model: str, out: Path, _: dict[str, Any]) -> None:
     for file in sorted(Path(model).glob("*.safetensors")):
         for name, weight in load_file(file).items():
             if name.endswith("_proj.weight"):
-                scale = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-8) / 127
-                tensors[name] = (weight.float() / scale).round().to(torch.int8)
-                tensors[name + "_scale"] = scale.to(weight.dtype)
+                groups = weight.float().unflatten(1, (-1, 128))
+                scale = (groups.abs().amax(dim=-1, keepdim=True) / 7).clamp_min(1e-8)
+                whole = (groups / scale).round().clamp(-8, 7).to(torch.int8).flatten(1)
+                tensors[name + "_packed"] = pack_to_int32(whole, 4)
+                tensors[name + "_scale"] = scale.squeeze(-1).to(weight.dtype)
+                tensors[name + "_shape"] = torch.tensor(weight.shape)
             else:
                 tensors[name] = weight
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    four_bits = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "weights": {**eight_bits, "strategy": "channel", "dynamic": False},
-                "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
+                "weights": {**four_bits, "strategy": "group", "group_size": 128},
             }
         },
     }
