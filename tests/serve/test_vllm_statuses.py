@@ -39,6 +39,7 @@ def test_one_rank_that_differs_is_enough_to_serve_nothing(
         check_statuses([status(0), status(1, **second)], "abc", POLICY, 2)
 
 
-def test_a_rank_that_says_nothing_is_missed() -> None:
-    with pytest.raises(NotArmedError, match="1 of 2 ranks"):
-        check_statuses([status(0)], "abc", POLICY, 2)
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_a_rank_too_few_or_too_many_is_an_error(n: int) -> None:
+    with pytest.raises(NotArmedError, match=f"{n} of 2 ranks"):
+        check_statuses([status(rank) for rank in range(n)], "abc", POLICY, 2)
