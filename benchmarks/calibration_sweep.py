@@ -17,20 +17,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from calibration.causal import Bench, RefusalTokens
+from calibration.causal import RefusalTokens
 from calibration.config import CalibrationConfig
 from calibration.directions import Candidate, random_directions
 from calibration.pipeline import make_bench
 from calibration.prompts import shipped_prompts, split_prompts
 from calibration.transformers_subject import TransformersSubject, load_subject
 from cli.models import resolve_model
+from guard.shadow import BaseStep
 
 
 def main() -> int:
     """Time both sweeps and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
-    parser.add_argument("--candidates", type=int, default=24, help="spread over all layers")
+    parser.add_argument("--candidates", type=int, default=46, help="spread over all layers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     parser.add_argument("--out", type=Path, help="write the object there, too")
@@ -40,17 +41,20 @@ def main() -> int:
     splits = split_prompts(shipped_prompts(), args.seed)
     tokens = RefusalTokens(torch.tensor([0]), torch.ones(1))
 
+    # Which prompts are steered is settled before either sweep; both then run over these alone.
+    picked = make_bench(subject, splits, tokens, config)
+    chosen = [picked.prompts[row] for row in picked.rows("raise")]
+    encoded = [subject.encode(text) for text in chosen]
     began = time.perf_counter()
-    bench = make_bench(subject, splits, tokens, config)
+    step = subject.prefill(encoded, range(subject.identity.n_layers))
     prefill_seconds = time.perf_counter() - began
-    candidates = spread(bench, subject.identity.n_layers, args.candidates, args.seed)
-    rows = bench.rows("raise")
-    prompts = prompts_of(bench, rows)
+    candidates = spread(step, args.candidates, args.seed)
+    rows = list(range(len(chosen)))
+    prompts = step.input_ids, step.attention_mask
 
     def by_shadow(candidate: Candidate) -> Tensor:
-        hidden = bench.step.last_hidden(candidate.layer)[rows].float()
-        steered = candidate.carrier().apply(hidden)
-        return subject.shadow(bench.step, rows, candidate.layer, steered)
+        steered = candidate.carrier().apply(step.last_hidden(candidate.layer).float())
+        return subject.shadow(step, rows, candidate.layer, steered)
 
     def by_full(candidate: Candidate) -> Tensor:
         return full_forward(subject, prompts, candidate)
@@ -85,21 +89,17 @@ def main() -> int:
     return 0
 
 
-def spread(bench: Bench, n_layers: int, n: int, seed: int) -> list[Candidate]:
+def spread(step: BaseStep, n: int, seed: int) -> list[Candidate]:
     """Random directions of a third of the stream's norm, evenly over the layers."""
     found = []
+    n_layers = len(step.resid_pre)
     for i in range(n):
         layer = 1 + i * (n_layers - 1) // n
-        norm = bench.step.last_hidden(layer).float().norm(dim=-1).mean()
-        d_model = bench.step.last_hidden(layer).shape[-1]
+        norm = step.last_hidden(layer).float().norm(dim=-1).mean()
+        d_model = step.last_hidden(layer).shape[-1]
         like = torch.ones(d_model) / d_model**0.5 * norm * 0.3
         found.append(Candidate(layer, -1, random_directions(like, 1, seed + i)[0], 0.3))
     return found
-
-
-def prompts_of(bench: Bench, rows: list[int]) -> tuple[Tensor, Tensor]:
-    """Token ids (after the shared template prefix) and attention mask of the bench's rows."""
-    return bench.step.input_ids[rows], bench.step.attention_mask[rows]
 
 
 @torch.inference_mode()

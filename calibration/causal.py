@@ -49,6 +49,7 @@ class Bench:
 
     Attributes:
         step: the base pass over all of them, resid_pre of every layer kept at the last token.
+        prompts: their texts, row by row.
         safe: rows on which KL is measured (ordinary and hard benign prompts).
         targets: rows on which the effect is measured: for "raise" harmful prompts that the base
             is about to answer, for "lower" benign prompts that it is about to refuse.
@@ -58,6 +59,7 @@ class Bench:
     """
 
     step: BaseStep
+    prompts: list[str]
     safe: list[int]
     targets: dict[Sign, list[int]]
     tokens: RefusalTokens

@@ -67,7 +67,10 @@ class CalibrationConfig(BaseModel):
         default=20, ge=4, description="Length of the responses from which refusals are learned."
     )
     confirm_tokens: int = Field(
-        default=32, ge=8, description="Length of the responses by which carriers are confirmed."
+        default=24, ge=8, description="Length of the responses by which carriers are confirmed."
+    )
+    test_tokens: int = Field(
+        default=32, ge=8, description="Length of the responses to held-out prompts."
     )
     test_prompts: int = Field(
         default=48, ge=0, description="Held-out prompts answered with and without the guard."

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -74,7 +74,11 @@ __all__ = ["CalibrationResult", "calibrate", "calibrate_subject"]
 _MIN_REFUSALS = 8
 _SAFE_ROWS = 32
 _TARGET_ROWS = 24
-_CONFIRMED = 2
+_MIN_TARGETS = 8
+_RAISE_IF_REFUSAL_BELOW = 0.9
+_LOWER_IF_REFUSAL_ABOVE = 0.1
+_CONFIRMED = 3
+_LAYERS_APART = 2
 _CONFIRM_SCALES = (1.0, 2.0)
 _DOSES = torch.tensor([0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0])
 
@@ -371,13 +375,22 @@ def make_bench(
     # Only the last token is steered; the rest of the hidden states can go.
     step = replace(step, resid_pre={k: v[:, -1:].clone() for k, v in step.resid_pre.items()})
     refusal = refusal_probability(step.logits.cpu(), tokens.ids, tokens.weights)
-    # The prompts on which serving would steer come first: those still to be decided.
+
+    def undecided(rows: list[int], moved: Callable[[float], bool]) -> list[int]:
+        """Rows that serving would steer; where those are too few, the nearest to them."""
+        n_steered = sum(moved(float(refusal[i])) for i in rows)
+        return rows[: min(max(n_steered, _MIN_TARGETS), _TARGET_ROWS)]
+
     answering = sorted((row[p] for p in harmful), key=lambda i: float(refusal[i]))
     refusing = sorted((row[p] for p in refused), key=lambda i: -float(refusal[i]))
     return Bench(
         step,
+        [p.text for p in asked],
         [row[p] for p in safe],
-        {"raise": answering[:_TARGET_ROWS], "lower": refusing[:_TARGET_ROWS]},
+        {
+            "raise": undecided(answering, lambda p: p < _RAISE_IF_REFUSAL_BELOW),
+            "lower": undecided(refusing, lambda p: p > _LOWER_IF_REFUSAL_ABOVE),
+        },
         tokens,
         config.safe_kl_nats,
         config.seed,
@@ -416,48 +429,42 @@ def choose(
     able = sorted((e for e in effects if e.can_spend), key=lambda e: -e.shift_per_nat)
     if not able:
         return None, f"no {sign} candidate can spend {bench.safe_kl_nats} nats on safe prompts"
+    # Controls belong to a layer: where the layer's best does not beat them, the others do not.
+    by_layer = {effect.candidate.layer: effect for effect in reversed(able)}
+    tried: list[Admission] = []
     admitted: list[Admission] = []
-    layers: set[int] = set()
-    why = ""
-    for effect in able[:8]:
-        if effect.candidate.layer in layers:
-            continue
+    for effect in sorted(by_layer.values(), key=lambda e: -e.shift_per_nat):
+        layer = effect.candidate.layer
+        if any(abs(layer - a.effect.candidate.layer) < _LAYERS_APART for a in admitted):
+            continue  # neighbours carry nearly the same direction
         admission = admit(draft.subject, bench, effect, draft.config.n_controls)
+        tried.append(admission)
+        if admission.admissible:
+            admitted.append(admission)
         progress.note(
-            f"{sign}: layer {effect.candidate.layer}, position {effect.candidate.position}:"
-            f" shift {effect.shift} {'admissible' if admission.admissible else 'not admissible'}"
+            f"{sign}: layer {layer}, position {effect.candidate.position}: shift {effect.shift}"
+            f" {'admissible' if admission.admissible else 'not admissible'}"
         )
-        if not admission.admissible:
-            why = why or f"best {sign} candidate is not admissible: {admission.why_not}"
-            continue
-        admitted.append(admission)
-        layers.add(effect.candidate.layer)
         if len(admitted) == _CONFIRMED:
             break
     if not admitted:
-        return None, why
-    prompts, base = draft.targets(sign)
-    best: Choice | None = None
-    for admission in admitted:
-        for factor in _CONFIRM_SCALES:
-            scale = factor * admission.effect.scale
-            trial = Choice(admission.effect, admission, scale, [], {}, torch.empty(0))
-            pairs = draft.confirm({**chosen, sign: trial}, sign, prompts, base)
-            rates = compare(pairs, bench.seed)
-            progress.note(
-                f"{sign}: layer {admission.effect.candidate.layer} × {scale:g}: refused"
-                f" {rates['refused_base'].value:.2f} → {rates['refused_guarded'].value:.2f},"
-                f" {rates['kl_nats'].value:.2f} nats"
-            )
-            added = rates["incoherent_guarded"].value - rates["incoherent_base"].value
-            if added * len(pairs) > 1.0 or not _gain(rates, sign) > 0:
-                why = why or f"no {sign} candidate changes responses and keeps them coherent"
-                continue
-            trial = replace(trial, confirmed=pairs, rates=rates)
-            if best is None or _gain(rates, sign) > _gain(best.rates, sign):
-                best = trial
-    if best is None:
-        return None, why
+        return None, (
+            f"the best {sign} candidate of none of {len(tried)} layers is admissible;"
+            f" the best of all {tried[0].why_not}"
+        )
+    prompts, base = draft.targets(bench, sign)
+    trials = [
+        trial
+        for admission in admitted
+        for factor in _CONFIRM_SCALES
+        if (trial := draft.confirm(admission, factor, chosen, sign, prompts, base, progress))
+    ]
+    if not trials:
+        return None, f"no {sign} candidate changes responses and keeps them coherent"
+    # The greatest effect; among those within one prompt of it, the one that spends least.
+    most = max(_gain(trial, sign) for trial in trials)
+    nearly = [t for t in trials if (most - _gain(t, sign)) * len(prompts) < 1.5]
+    best = min(nearly, key=lambda t: t.rates["kl_nats"].value)
     candidate = best.effect.candidate
     curve = dose_response(draft.subject, bench, candidate, sign, best.scale, _DOSES)
     return replace(best, doses=torch.stack([_DOSES, *curve], 1)), ""
@@ -485,41 +492,54 @@ class _Draft:
             token_cap_nats=max(config.raise_budget_nats, config.lower_budget_nats),
         )
 
-    def targets(self, sign: Sign) -> tuple[list[str], list[str]]:
-        """Validation prompts that serving would steer, and the base model's responses."""
-        label, stratum = ("harmful", None) if sign == "raise" else ("benign", "hard")
-        pool = [p.text for p in _some(self.splits.validation, label, stratum, 3 * _TARGET_ROWS)]
-        tokens = self.config.confirm_tokens
-        encoded = [self.subject.encode(text) for text in pool]
-        size = self.config.batch_size
+    def targets(self, bench: Bench, sign: Sign) -> tuple[list[str], list[str]]:
+        """The prompts on which candidates were compared, and the base model's responses."""
+        prompts = [bench.prompts[row] for row in bench.targets[sign]]
+        encoded = [self.subject.encode(text) for text in prompts]
+        size, tokens = self.config.batch_size, self.config.confirm_tokens
         responses = [
             self.subject.decode(r)
             for start in range(0, len(encoded), size)
             for r in self.subject.respond(encoded[start : start + size], tokens)
         ]
-        wanted = (Verdict.COMPLIED,) if sign == "raise" else (Verdict.REFUSED, Verdict.PARTIAL)
-        fit = [i for i, text in enumerate(responses) if judge(text) in wanted]
-        # At least half are prompts to be moved; the others show what steering does to the rest.
-        rest = [i for i in range(len(pool)) if i not in set(fit)]
-        taken = [*fit[:_TARGET_ROWS], *rest[: max(0, _TARGET_ROWS - len(fit))]]
-        return [pool[i] for i in taken], [responses[i] for i in taken]
+        return prompts, responses
 
     def confirm(
-        self, chosen: dict[Sign, Choice], sign: Sign, prompts: list[str], base: list[str]
-    ) -> list[Answered]:
-        """Answer prompts with the zone forced and the whole budget."""
-        artifact = self.artifact(chosen, certify=True)
-        zone = Zone.RAISE if sign == "raise" else Zone.LOWER
-        return answer_pairs(
+        self,
+        admission: Admission,
+        factor: float,
+        chosen: dict[Sign, Choice],
+        sign: Sign,
+        prompts: list[str],
+        base: list[str],
+        progress: Progress,
+    ) -> Choice | None:
+        """Answer prompts with the zone forced and the whole budget.
+
+        Returns:
+            The choice; None if responses do not move or come apart.
+        """
+        scale = factor * admission.effect.scale
+        trial = Choice(admission.effect, admission, scale, [], {}, torch.empty(0))
+        pairs = answer_pairs(
             self.subject,
-            artifact,
+            self.artifact({**chosen, sign: trial}, certify=True),
             self.policy,
             prompts,
             self.config.confirm_tokens,
             self.config.batch_size,
-            zone,
+            Zone.RAISE if sign == "raise" else Zone.LOWER,
             base,
         )
+        rates = compare(pairs, self.config.seed)
+        trial = replace(trial, confirmed=pairs, rates=rates)
+        progress.note(
+            f"{sign}: layer {admission.effect.candidate.layer} × {scale:g}: refused"
+            f" {rates['refused_base'].value:.2f} → {rates['refused_guarded'].value:.2f},"
+            f" {rates['kl_nats'].value:.2f} nats"
+        )
+        added = rates["incoherent_guarded"].value - rates["incoherent_base"].value
+        return trial if _gain(trial, sign) > 0 and added * len(pairs) <= 1.0 else None
 
     def artifact(self, chosen: dict[Sign, Choice], certify: bool = False) -> CarrierArtifact:
         """Put a guard together; `certify` opens the lower zone for a confirmation run."""
@@ -533,8 +553,8 @@ class _Draft:
             instruction_suffix_ids=self.subject.suffix_ids,
             raise_above=fit.raise_above,
             lower_below=lower_below,
-            raise_if_refusal_below=0.9,
-            lower_if_refusal_above=0.1,
+            raise_if_refusal_below=_RAISE_IF_REFUSAL_BELOW,
+            lower_if_refusal_above=_LOWER_IF_REFUSAL_ABOVE,
             alpha=config.alpha,
             delta=config.delta,
             n_by_stratum=fit.n_by_stratum,
@@ -611,8 +631,8 @@ def _controls(chosen: dict[Sign, Choice]) -> dict[str, Interval]:
     return found
 
 
-def _gain(rates: dict[str, Interval], sign: Sign) -> float:
-    difference = rates["refused_difference"].value
+def _gain(choice: Choice, sign: Sign) -> float:
+    difference = choice.rates["refused_difference"].value
     return difference if sign == "raise" else -difference
 
 
@@ -646,7 +666,7 @@ def _test(draft: _Draft, artifact: CarrierArtifact, splits: Splits) -> dict[str,
         artifact,
         draft.policy,
         [p.text for group in prompts.values() for p in group],
-        draft.config.confirm_tokens,
+        draft.config.test_tokens,
         draft.config.batch_size,
     )
     tested: dict[str, list[Answered]] = {}
@@ -675,6 +695,9 @@ def _geometry(
     found = {
         "effective_rank": effective_rank(rows),
         "participation_ratio": participation_ratio(rows),
+        "n_directions": float(len(rows)),
+        "n_harmful": float(len(harmful)),
+        "n_benign": float(len(benign)),
     }
     for sign, choice in chosen.items():
         place = choice.effect.candidate

@@ -127,7 +127,7 @@ def _layers_figure(result: CalibrationResult) -> Figure:
             control = _best_control(choice)
             axis.axhspan(control.low, control.high, color=CONTROL, lw=0, label="best control")
             axis.axvline(choice.effect.candidate.layer, color=NEUTRAL, ls=":", label="chosen layer")
-            axis.legend(fontsize=7, frameon=False)
+            axis.legend(fontsize=7, frameon=False, loc="lower right")
         axis.set_xlabel("layer")
         axis.set_ylabel(f"refusal-logit shift at {price:g} nats")
         axis.set_title(f"{sign}: best position of each layer (95 % interval)")
@@ -253,7 +253,7 @@ def _markdown(result: CalibrationResult) -> str:
         "",
         "It explains; it admits nothing.",
         "",
-        *[f"- {name.replace('_', ' ')}: {value:.3f}" for name, value in manifest.geometry.items()],
+        *[f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in manifest.geometry.items()],
         "",
         "## Held-out prompts, answered without and with the guard",
         "",

@@ -163,6 +163,7 @@ def calibrate(
     from calibration.config import CalibrationConfig
     from calibration.pipeline import calibrate as run
     from cli.inspection import tables
+    from cli.memory import keep_freed_memory
 
     try:
         config = CalibrationConfig(
@@ -190,6 +191,7 @@ def calibrate(
         )
         raise InputError("; ".join(faults)) from err
     _hush(folder)
+    keep_freed_memory()
     with RichProgress() as progress:
         result = run(config, progress)
     if as_json:
@@ -285,6 +287,7 @@ def serve(
             artifact_id=info.artifact_id,
             format_version=info.format_version,
         )
+        metrics.set_budgets(rules)
         engine.observers = Observers(metrics.observe, metrics.observe_gate, metrics.count_unguarded)
 
         def ready(url: str) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from guard.gate import Zone
+from guard.policy import Policy
 from guard.refusal import Verdict
 from guard.session import Record
 
@@ -21,8 +23,12 @@ __all__ = ["NONE", "ErrorKind", "GuardMetrics"]
 NONE = "none"
 """Label value of a request without a zone, and of a response without a verdict."""
 
-# 1-2-5 series: log-spaced, and the values one sets as budgets are bucket bounds.
-_KL_BUCKETS = (*(float(f"{m}e{e}") for e in range(-4, 1) for m in (1, 2, 5)), 10.0)
+# 1-2-5 series, and the default budget to raise: a quantile is interpolated inside its bucket, so it
+# is never drawn above a budget that is a bucket bound.
+_KL_BUCKETS = tuple(
+    sorted((*(float(f"{m}e{e}") for e in range(-4, 1) for m in (1, 2, 5)), 4.0, 10.0))
+)
+_GATE_SIDES = ("harmful", "benign", "uncertain")
 _SCORE_BUCKETS = (
     *(-32.0, -16.0, -12.0, -8.0, -6.0, -4.0, -3.0, -2.0, -1.0, 0.0),
     *(1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0),
@@ -77,6 +83,12 @@ class GuardMetrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, ("model", *labels), registry=registry)
 
+        # Several API servers of one vLLM share a /metrics: every one must be armed.
+        def gauge(
+            name: str, text: str, *labels: str, merge: Literal["min", "max"] = "max"
+        ) -> Gauge:
+            return Gauge(name, text, labels, registry=registry, multiprocess_mode=merge)
+
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(name, text, ("model", *labels), registry=registry, buckets=buckets)
 
@@ -97,10 +109,21 @@ class GuardMetrics:
             "trimtab_suspected_under_refusals_total",
             "Answered though the gate says harmful; suspected, because truth needs a label.",
         )
+        self._judged = counter(
+            "trimtab_judged_responses_total",
+            "Responses with a verdict, by the side of the thresholds the gate puts them on.",
+            "gate",
+        )
         self._kl = histogram(
             "trimtab_kl_nats",
             "KL(mixed || base) a response spent, nats; in observe mode what it would have spent.",
             _KL_BUCKETS,
+            "zone",
+        )
+        self._budget = gauge(
+            "trimtab_kl_budget_nats",
+            "KL budget of one response, from the policy; 0 in mode off.",
+            "model",
             "zone",
         )
         self._exhausted = counter(
@@ -113,19 +136,18 @@ class GuardMetrics:
         self._scores = histogram(
             "trimtab_gate_score", "The gate's probe logit; higher is more harmful.", _SCORE_BUCKETS
         )
-        self._armed = Gauge(
+        self._armed = gauge(
             "trimtab_guard_armed",
             "1 if the guard is proven to work and the engine is running.",
-            ("model",),
-            registry=registry,
-            multiprocess_mode="livemin",  # several API servers: armed if all of them are
+            "model",
+            merge="min",
         )
-        self._info = Gauge(
+        self._info = gauge(
             "trimtab_guard_info",
             "1, labelled with the guard in use.",
-            ("artifact", "model", "format_version"),
-            registry=registry,
-            multiprocess_mode="livemax",
+            "artifact",
+            "model",
+            "format_version",
         )
         self._errors = counter(
             "trimtab_errors_total", "Requests not served, or not to their end.", "kind"
@@ -150,6 +172,8 @@ class GuardMetrics:
         self._responses.labels(self._model, zone, verdict).inc()
         if record is None:
             return
+        if record.verdict is not None:
+            self._judged.labels(self._model, record.gate_says).inc()
         self._over_refusals.labels(self._model).inc(record.suspected_over_refusal)
         self._under_refusals.labels(self._model).inc(record.suspected_under_refusal)
         self._exhausted.labels(self._model).inc(record.exhausted)
@@ -181,6 +205,14 @@ class GuardMetrics:
         """Say whether the guard works; servers call it before each scrape."""
         self._armed.labels(self._model).set(armed)
 
+    def set_budgets(self, policy: Policy) -> None:
+        """Show the budgets beside what is spent; the largest that a client may ask for by name."""
+        if policy.mode == "off":
+            return
+        raising = max(p.raise_budget_nats for p in (policy, *policy.policies.values()))
+        self._budget.labels(self._model, Zone.RAISE.value).set(raising)
+        self._budget.labels(self._model, Zone.LOWER.value).set(policy.lower_budget_nats)
+
     def _start_at_zero(self) -> None:
         """Create every series whose labels are known, so that dashboards find them from the start.
 
@@ -192,6 +224,10 @@ class GuardMetrics:
                 self._responses.labels(self._model, str(zone), str(verdict))
         for zone in Zone:
             self._kl.labels(self._model, zone.value)
+        for zone in (Zone.RAISE, Zone.LOWER):
+            self._budget.labels(self._model, zone.value)
+        for side in _GATE_SIDES:
+            self._judged.labels(self._model, side)
         for kind in ErrorKind:
             self._errors.labels(self._model, kind.value)
         for metric in (

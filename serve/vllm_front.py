@@ -68,6 +68,7 @@ class Front:
             artifact.artifact_id,
             artifact.manifest.format_version,
         )
+        self.metrics.set_budgets(policy)
         self.metrics.set_armed(False)
 
     async def ensure_armed(self) -> None:

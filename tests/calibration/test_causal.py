@@ -172,6 +172,7 @@ def bench(subject: TransformersSubject, tiny_tokenizer: PreTrainedTokenizerFast)
     opening = tiny_tokenizer.convert_tokens_to_ids(REFUSAL_TEXT.split()[0])
     return Bench(
         step,
+        texts,
         list(range(32)),
         {"raise": list(range(32, 48)), "lower": list(range(16, 32))},
         RefusalTokens(torch.tensor([opening]), torch.ones(1)),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from guard.gate import Zone
+from guard.policy import Policy
 from guard.refusal import Verdict
 from guard.session import Record
 from serve.metrics import ErrorKind, GuardMetrics
@@ -58,7 +63,9 @@ def test_the_registered_metrics_are_exactly_these(metrics: GuardMetrics) -> None
         "trimtab_responses_total": "counter",
         "trimtab_suspected_over_refusals_total": "counter",
         "trimtab_suspected_under_refusals_total": "counter",
+        "trimtab_judged_responses_total": "counter",
         "trimtab_kl_nats": "histogram",
+        "trimtab_kl_budget_nats": "gauge",
         "trimtab_kl_budget_exhausted_total": "counter",
         "trimtab_token_flips_total": "counter",
         "trimtab_shadow_passes_total": "counter",
@@ -115,6 +122,10 @@ def test_every_known_series_exists_and_is_zero_from_the_start(metrics: GuardMetr
         "gate_duration_seconds_count",
     ):
         assert value(metrics, f"trimtab_{name}") == 0, name
+    for zone in ("raise", "lower"):
+        assert value(metrics, "trimtab_kl_budget_nats", zone=zone) == 0
+    for side in ("harmful", "benign", "uncertain"):
+        assert value(metrics, "trimtab_judged_responses_total", gate=side) == 0
     assert value(metrics, "trimtab_guard_info", artifact="abc123", format_version="1") == 1
 
 
@@ -138,7 +149,9 @@ def test_kl_buckets_run_from_a_ten_thousandth_to_ten_nats(metrics: GuardMetrics)
     bounds = sorted({float(s.labels["le"]) for s in samples if s.name.endswith("_bucket")})
     assert (bounds[0], bounds[-2], bounds[-1]) == (1e-4, 10.0, float("inf"))
     ratios = [b / a for a, b in pairwise(bounds[:-1])]
-    assert all(1.9 < ratio < 2.6 for ratio in ratios)
+    assert all(1.2 < ratio < 2.6 for ratio in ratios)
+    # Else a quantile of responses that used up their budget would be drawn above it.
+    assert {Policy().raise_budget_nats, Policy().lower_budget_nats} <= set(bounds)
 
 
 def test_a_refusal_is_suspected_only_where_the_gate_says_benign(metrics: GuardMetrics) -> None:
@@ -147,6 +160,62 @@ def test_a_refusal_is_suspected_only_where_the_gate_says_benign(metrics: GuardMe
     metrics.observe(replace(RAISED, verdict=Verdict.COMPLIED))
     assert value(metrics, "trimtab_suspected_over_refusals_total") == 1
     assert value(metrics, "trimtab_suspected_under_refusals_total") == 1
+
+
+def test_judged_responses_are_what_suspected_refusals_are_a_share_of(metrics: GuardMetrics) -> None:
+    for says in ("harmful", "benign", "benign", "uncertain"):
+        metrics.observe(replace(RAISED, gate_says=says))
+    metrics.observe(replace(RAISED, verdict=None))
+    metrics.observe(None)
+    for side, n in (("harmful", 1), ("benign", 2), ("uncertain", 1)):
+        assert value(metrics, "trimtab_judged_responses_total", gate=side) == n
+    assert value(metrics, "trimtab_suspected_over_refusals_total") == 2
+
+
+def test_the_budgets_of_the_policy_stand_beside_what_is_spent(metrics: GuardMetrics) -> None:
+    metrics.set_budgets(Policy(mode="off"))
+    assert value(metrics, "trimtab_kl_budget_nats", zone="raise") == 0
+    metrics.set_budgets(Policy(raise_budget_nats=2.5, lower_budget_nats=0.5))
+    assert value(metrics, "trimtab_kl_budget_nats", zone="raise") == 2.5
+    assert value(metrics, "trimtab_kl_budget_nats", zone="lower") == 0.5
+    published = {"strict": {"raise_budget_nats": 8.0, "lower_budget_nats": 0.0}}
+    metrics.set_budgets(Policy.model_validate({"policies": published}))
+    assert value(metrics, "trimtab_kl_budget_nats", zone="raise") == 8.0
+    assert value(metrics, "trimtab_kl_budget_nats", zone="lower") == 1.0
+
+
+def test_several_processes_show_one_armed_guard_only_if_each_is(tmp_path: Path) -> None:
+    # As several API servers of one vLLM do: prometheus_client's multi-process mode.
+    program = """if True:
+        import sys
+        from prometheus_client import CollectorRegistry
+        from guard.policy import Policy
+        from serve.metrics import GuardMetrics
+        metrics = GuardMetrics(
+            CollectorRegistry(), model="tiny", mode="enforce", artifact_id="abc", format_version=1
+        )
+        metrics.set_budgets(Policy())
+        metrics.set_armed(sys.argv[1] == "armed")
+        metrics.observe(None)
+    """
+    seen = []
+    for state in ("armed", "armed", "unarmed"):
+        subprocess.run(
+            [sys.executable, "-c", program, state],
+            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+            cwd=DOCS.parents[1],
+            check=True,
+        )
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, path=str(tmp_path))
+        seen.append(registry.get_sample_value("trimtab_guard_armed", {"model": "tiny"}))
+    assert seen == [1, 1, 0]
+    labels = {"artifact": "abc", "model": "tiny", "format_version": "1"}
+    assert registry.get_sample_value("trimtab_guard_info", labels) == 1
+    budget = {"model": "tiny", "zone": "raise"}
+    assert registry.get_sample_value("trimtab_kl_budget_nats", budget) == 4
+    ended = {"model": "tiny", "mode": "enforce", "zone": "none"}
+    assert registry.get_sample_value("trimtab_requests_total", ended) == 3
 
 
 def test_an_aborted_response_is_counted_with_what_it_spent(metrics: GuardMetrics) -> None:
