@@ -206,10 +206,11 @@ class GuardMetrics:
         self._armed.labels(self._model).set(armed)
 
     def set_budgets(self, policy: Policy) -> None:
-        """Show the policy's budgets beside what is spent."""
+        """Show the budgets beside what is spent; the largest that a client may ask for by name."""
         if policy.mode == "off":
             return
-        self._budget.labels(self._model, Zone.RAISE.value).set(policy.raise_budget_nats)
+        raising = max(p.raise_budget_nats for p in (policy, *policy.policies.values()))
+        self._budget.labels(self._model, Zone.RAISE.value).set(raising)
         self._budget.labels(self._model, Zone.LOWER.value).set(policy.lower_budget_nats)
 
     def _start_at_zero(self) -> None:

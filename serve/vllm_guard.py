@@ -50,6 +50,7 @@ class SamplingRow:
         position: of the token to be sampled, from 0.
         n_prompt: tokens of the prompt.
         temperature: at which it samples; 0 is greedy.
+        policy: the published policy that it asked for; None is the default.
     """
 
     row: int
@@ -57,6 +58,7 @@ class SamplingRow:
     position: int
     n_prompt: int
     temperature: float
+    policy: str | None = None
 
 
 class Runner(Protocol):
@@ -299,10 +301,15 @@ class StepGuard:
         readings = runner.agree(list(zip(scores, refusal_probs, strict=True)))
         seconds = time.perf_counter() - began
         for row, (score, refusal_prob) in zip(rows, readings, strict=True):
-            session = GuardSession(self.artifact, self.policy, lockstep=runner.n_ranks > 1)
+            policy = self.policy if row.policy is None else self.policy.policies.get(row.policy)
+            session = GuardSession(
+                self.artifact, policy or self.policy, lockstep=runner.n_ranks > 1
+            )
             state = GuardedRequest(session, row.n_prompt, gate_seconds=seconds)
             self.requests[row.request_id] = state
-            if row.position != 0:
+            if policy is None:  # the front end lets none through
+                self._fail(row.request_id, "the policy that it asks for is not published")
+            elif row.position != 0:
                 self._fail(row.request_id, "its first token was sampled before the guard saw it")
             elif not (math.isfinite(score) and math.isfinite(refusal_prob)):
                 # every comparison with NaN is false, so it would pass as harmless
@@ -312,7 +319,7 @@ class StepGuard:
 
     def _fail(self, request_id: str, why: str) -> None:
         state = self.requests[request_id]
-        if self.policy.on_failure == "closed" and self.policy.mode == "enforce":
+        if state.session.fails_closed:
             state.failed = True
             _log.error("request %s cannot be guarded and is ended: %s", request_id, why)
         else:

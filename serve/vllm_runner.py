@@ -16,10 +16,12 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from guard.errors import UnsupportedModelError
+from guard.policy import POLICY_FIELD
 from serve.vllm_guard import SamplingRow, StepGuard
 
 __all__ = ["ModelRunner", "attach_v1", "attach_v2"]
@@ -178,6 +180,7 @@ class _V1(ModelRunner):
                     position=seen[row] - request.num_prompt_tokens,
                     n_prompt=request.num_prompt_tokens,
                     temperature=_temperature(request.sampling_params),
+                    policy=_policy(request.sampling_params),
                 )
             )
         return rows
@@ -216,11 +219,36 @@ class _V1(ModelRunner):
 
     def last_token_again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
         """(len(rows), vocab) logits of the rows' last tokens, entered at `layer` with `hidden`."""
+        if self._runner.lora_config is not None:
+            return self._again_with_adapters(rows, layer, hidden)
+        return self._again(rows, layer, hidden)
+
+    def _again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
         runner = self._runner
         index = torch.tensor(rows, device=hidden.device)
         table = runner.input_batch.block_table[0].get_device_tensor(runner.input_batch.num_reqs)
         seen = runner.optimistic_seq_lens_cpu[list(rows)]
         return self._run(layer, hidden, runner.seq_lens[index], seen, table[index].contiguous())
+
+    def _again_with_adapters(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """Likewise, each row with its own LoRA adapter.
+
+        vLLM looks adapters up by a token's place in the step, and some of its kernels have room for
+        only `max_num_seqs` changes from one adapter to another: rows are sorted by adapter.
+        """
+        runner, batch = self._runner, self._runner.input_batch
+        adapters = batch.request_lora_mapping[list(rows)]
+        order = adapters.argsort(kind="stable")
+        mapping = tuple(adapters[order].tolist())
+        runner._set_active_loras(mapping, mapping, set(batch.lora_id_to_lora_request.values()))
+        try:
+            ordered = [rows[i] for i in order]
+            logits = self._again(ordered, layer, hidden[torch.from_numpy(order).to(hidden.device)])
+        finally:  # log-probabilities of prompts are computed after this
+            step = self.state.scheduler_output.num_scheduled_tokens
+            scheduled = np.array([step[name] for name in batch.req_ids], dtype=np.int32)
+            runner.set_active_loras(batch, scheduled)
+        return logits[torch.from_numpy(order.argsort()).to(logits.device)]
 
     @property
     def _n_tokens(self) -> int:
@@ -237,7 +265,7 @@ class _V2(ModelRunner):
 
     def __init__(self, runner: Any, layers: Sequence[int]) -> None:
         super().__init__(runner, layers)
-        self.prompts: dict[str, tuple[Sequence[int], float]] = {}
+        self.prompts: dict[str, tuple[Sequence[int], float, str | None]] = {}
 
     def sampling_rows(self) -> list[SamplingRow]:
         """The rows that sample; prompts that are not finished do not."""
@@ -247,8 +275,9 @@ class _V2(ModelRunner):
             seen = int(batch.num_computed_tokens_np[row] + batch.num_scheduled_tokens[row])
             if seen < int(batch.prefill_len_np[row]):
                 continue
-            prompt, temperature = self.prompts[request_id]
-            rows.append(SamplingRow(row, request_id, seen - len(prompt), len(prompt), temperature))
+            prompt, temperature, policy = self.prompts[request_id]
+            position, n_prompt = seen - len(prompt), len(prompt)
+            rows.append(SamplingRow(row, request_id, position, n_prompt, temperature, policy))
         return rows
 
     def prompt_ids(self, request_id: str) -> Sequence[int]:
@@ -313,6 +342,10 @@ def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
     Raises:
         UnsupportedModelError: this model cannot be guarded.
     """
+    if runner.lora_config is not None:
+        raise UnsupportedModelError(
+            "--enable-lora is guarded on the V1 model runner only: unset VLLM_USE_V2_MODEL_RUNNER"
+        )
     view = _V2(runner, guard.layers)
     model = runner.get_model()
     execute_model, prepare_attn = runner.execute_model, runner.prepare_attn
@@ -324,8 +357,12 @@ def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
             view.prompts.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
             if new.sampling_params is not None:
-                prompt = new.prompt_token_ids
-                view.prompts[new.req_id] = (prompt, _temperature(new.sampling_params))
+                params = new.sampling_params
+                view.prompts[new.req_id] = (
+                    new.prompt_token_ids,
+                    _temperature(params),
+                    _policy(params),
+                )
         return execute_model(scheduler_output, *args, **kwargs)
 
     def noting_prepare_attn(input_batch: Any) -> Any:
@@ -364,6 +401,11 @@ def _follow(guard: StepGuard, view: ModelRunner, scheduler_output: Any) -> None:
 
 def _temperature(params: Any) -> float:
     return 0.0 if params.temperature < _GREEDY_BELOW else float(params.temperature)
+
+
+def _policy(params: Any) -> str | None:
+    wanted = (params.extra_args or {}).get(POLICY_FIELD)
+    return None if wanted is None else str(wanted)
 
 
 def _decoder(model: nn.Module) -> Any:

@@ -178,6 +178,10 @@ def test_the_budgets_of_the_policy_stand_beside_what_is_spent(metrics: GuardMetr
     metrics.set_budgets(Policy(raise_budget_nats=2.5, lower_budget_nats=0.5))
     assert value(metrics, "trimtab_kl_budget_nats", zone="raise") == 2.5
     assert value(metrics, "trimtab_kl_budget_nats", zone="lower") == 0.5
+    published = {"strict": {"raise_budget_nats": 8.0, "lower_budget_nats": 0.0}}
+    metrics.set_budgets(Policy.model_validate({"policies": published}))
+    assert value(metrics, "trimtab_kl_budget_nats", zone="raise") == 8.0
+    assert value(metrics, "trimtab_kl_budget_nats", zone="lower") == 1.0
 
 
 def test_several_processes_show_one_armed_guard_only_if_each_is(tmp_path: Path) -> None:
