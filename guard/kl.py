@@ -19,7 +19,15 @@ from torch import Tensor
 
 from guard.errors import BudgetError, NumericsError
 
-__all__ = ["Ledger", "Mixture", "kl_per_token", "log_probs", "mix_within_budget"]
+__all__ = [
+    "Ledger",
+    "Mixture",
+    "Moved",
+    "kl_per_token",
+    "log_probs",
+    "mix_rows",
+    "mix_within_budget",
+]
 
 _MAX_STEPS = 60
 _RELATIVE_SLACK = 1e-4  # stop once KL is within this share below the cap
@@ -108,6 +116,58 @@ def mix_within_budget(
         strength = torch.where(over, strength * (1.0 - shrink), strength)
         mixed, kl = _apply(base, steered, strength, base_lp, temperature)
     return Mixture(mixed, strength, kl)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What `mix_rows` gives to sample from, and to book.
+
+    Attributes:
+        logits: (n_rows, vocab) float32, before temperature.
+        outcome: (n_rows, 3) float64: nats spent, 1 if the most likely token changed, 1 if the row
+            could not be computed.
+    """
+
+    logits: Tensor
+    outcome: Tensor
+
+
+def mix_rows(
+    base_logits: Tensor,
+    null_logits: Tensor,
+    steered_logits: Tensor,
+    budget_nats: Tensor,
+    temperature: Tensor,
+    spare: Tensor | None = None,
+) -> Moved:
+    """Mix toward base + (steered − null) as far as the budget allows; faults stay in their rows.
+
+    Null and steered rows come from one small batch, so what its shape does to both cancels. This
+    is the reference of the GPU's `serve.vllm_kernels.mix_rows`.
+
+    Args:
+        base_logits: (n_rows, vocab) of the base pass.
+        null_logits: (n_rows, vocab) of a shadow pass that steers nothing.
+        steered_logits: (n_rows, vocab) of the shadow pass.
+        budget_nats: (n_rows,) float64, ≥ 0.
+        temperature: (n_rows,) float64, > 0, at which KL is measured.
+        spare: (vocab,) logits for rows that hold NaN or +inf; None: their base row.
+    """
+    base = base_logits.float()
+    difference = steered_logits.float() - null_logits.float()
+    # A token that cannot occur (−inf in every pass) has difference NaN: it stays impossible.
+    difference = torch.where((steered_logits == -math.inf) & difference.isnan(), 0.0, difference)
+    target = base + difference
+    tops = [base, null_logits, steered_logits, torch.where(base == -math.inf, base, target)]
+    # NaN wins amax, so one reduction sees every fault
+    faulty = torch.stack([~torch.isfinite(rows.amax(dim=-1)) for rows in tops]).any(dim=0)
+    held = faulty.unsqueeze(-1)
+    safe = torch.where(held, 0.0, base)
+    mixture = mix_within_budget(safe, torch.where(held, safe, target), budget_nats, temperature)
+    logits = torch.where(held, base if spare is None else spare.float(), mixture.logits)
+    flipped = ~faulty & (mixture.logits.argmax(-1) != safe.argmax(-1))
+    outcome = torch.stack([mixture.kl_nats, flipped.double(), faulty.double()], dim=-1)
+    return Moved(logits, outcome)
 
 
 def _check(logits: Tensor, name: str) -> None:
