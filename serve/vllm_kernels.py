@@ -1,4 +1,4 @@
-# mypy: disallow_untyped_defs=False, disallow_untyped_decorators=False, warn_return_any=False
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """The guard's arithmetic on a GPU: a few Triton kernels without a word to the host.
 
 `mix_rows` is `guard.kl.mix_rows` over a grid of (row, piece of the vocabulary). Every launch sums
@@ -76,9 +76,7 @@ def _column(sums, row, n_chunks, column, empty, CHUNKS: tl.constexpr, N_SUMS: tl
 
 
 @triton.jit
-def _advance(
-    sums, state, row, n_chunks, cap, log_base, CHUNKS: tl.constexpr, N_SUMS: tl.constexpr
-):
+def _advance(sums, state, row, n_chunks, cap, log_base, CHUNKS: tl.constexpr, N_SUMS: tl.constexpr):
     """Read KL(t) off the last sums and move the bracket: low fits, high does not."""
     t, low, low_kl = tl.load(state), tl.load(state + 1), tl.load(state + 2)
     high, faulty = tl.load(state + 3), tl.load(state + 7)

@@ -24,6 +24,7 @@ __all__ = ["WorkerGuard"]
 _log = logging.getLogger("trimtab.vllm")
 
 _CANARY = "trimtab-canary"
+_GRAPHS_AGREE = 3.0  # times the rounding of one pass: null and steered rows round by themselves
 
 
 class WorkerGuard:
@@ -37,6 +38,7 @@ class WorkerGuard:
     Attributes:
         guard: the guard of its steps.
         readings: what the canary showed; empty until it ran.
+        graph_bytes: device memory that the captured shadow passes take.
 
     Raises:
         UnsupportedModelError: this model or runner cannot be guarded.
@@ -56,6 +58,7 @@ class WorkerGuard:
         attach = attach_v1 if is_v1 else attach_v2
         self._view: ModelRunner = attach(runner, self.guard)
         self.readings: list[CanaryReading] = []
+        self.graph_bytes = 0
 
     @property
     def armed(self) -> bool:
@@ -72,6 +75,7 @@ class WorkerGuard:
                 "mode": self.guard.policy.mode,
                 "layers": self.guard.layers,
                 "running": len(self.guard.requests),
+                "graph_bytes": self.graph_bytes,
                 "canary": [asdict(reading) for reading in self.readings],
             }
         )
@@ -90,6 +94,7 @@ class WorkerGuard:
             NotArmedError: it does not work here; the message says what was seen.
         """
         self._view.check_cache()
+        self.graph_bytes = self._view.capture([carrier for _, carrier in self._carriers()])
         readings: list[CanaryReading] = []
 
         def look(runner: Runner, logits: Tensor) -> None:
@@ -112,20 +117,29 @@ class WorkerGuard:
         _log.info("rank %s is armed: %s", self._worker.rank, self.status())
 
     def _carriers(self) -> list[tuple[str, Any]]:
-        found = {"raise": self._artifact.raise_carrier, "lower": self._artifact.lower_carrier}
+        artifact = self.guard.artifact  # whose tensors are on the device
+        found = {"raise": artifact.raise_carrier, "lower": artifact.lower_carrier}
         return [(name, carrier) for name, carrier in found.items() if carrier is not None]
 
     def _try(self, runner: Runner, logits: Tensor, name: str, carrier: Any) -> CanaryReading:
         rows = list(range(logits.shape[0]))
         null = runner.last_hidden(carrier.layer)
         steered = carrier.apply(null.float()).to(null.dtype)
-        return compare(
+        reading = compare(
             name,
             carrier.layer,
             logits,
             runner.last_token_again(rows, carrier.layer, null.clone()),
             runner.last_token_again(rows, carrier.layer, steered),
         )
+        gap = self._view.graph_gap(carrier, rows, logits)
+        if not gap <= _GRAPHS_AGREE * reading.tolerance:
+            raise NotArmedError(
+                f"the captured shadow pass of the {name} carrier gives other logits than the same"
+                f" pass without CUDA graphs: off by {gap:.2g} standard deviations; start vLLM with"
+                " --enforce-eager"
+            )
+        return reading
 
     def _run_canary(self) -> int:
         """Run two short requests for two tokens each; return the steps the guard saw."""

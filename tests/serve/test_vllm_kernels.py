@@ -1,6 +1,7 @@
-"""The GPU's mixing and scoring against their references; without a GPU in Triton's interpreter:
+"""The GPU's mixing and scoring against their references.
 
-    TRITON_INTERPRET=1 python -m pytest tests/serve/test_vllm_kernels.py
+Without a GPU it takes Triton's interpreter, which has to be asked for before the start:
+`TRITON_INTERPRET=1 python -m pytest tests/serve/test_vllm_kernels.py`.
 """
 
 from __future__ import annotations
