@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,11 @@ def in_fork(function: Callable[[], None]) -> None:
         try:
             function()
             code = 0
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
+            sys.stderr.flush()
             sys.stdout.flush()
             os._exit(code)
     if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
@@ -94,7 +99,7 @@ def in_fork(function: Callable[[], None]) -> None:
 
 
 def in_process(mode: str, args: argparse.Namespace, out: Path) -> int:
-    """One mode, with its environment: the guard's two variables, and a compile cache of its own."""
+    """One mode, with its environment: the guard's two variables or none."""
     environment = dict(os.environ)
     for name in ("TRIMTAB_GUARD", "TRIMTAB_POLICY"):
         environment.pop(name, None)
@@ -106,7 +111,7 @@ def in_process(mode: str, args: argparse.Namespace, out: Path) -> int:
         environment["TRIMTAB_GUARD"] = str(args.work / "guard.safetensors")
         environment["TRIMTAB_POLICY"] = str(file)
         environment["VLLM_PLUGINS"] = "trimtab"
-    environment["VLLM_CACHE_ROOT"] = str(args.work / ("cache" if policy is None else "cache-guard"))
+    environment["VLLM_CACHE_ROOT"] = str(args.work / "cache")  # one for all: the guard salts it
     log = out.with_suffix(".log")
     command = [
         sys.executable, "-m", "benchmarks.vllm_decode", "--measure", mode, "--out", str(out),
@@ -199,9 +204,12 @@ def make(shape: Path, tokenizer: Path, work: Path) -> None:
 
 
 def prompt(chance: random.Random, kind: int, length: int) -> list[int]:
-    """Random tokens, the token that says which kind it is, and the template's suffix."""
-    head = [chance.randrange(5000, 150000) for _ in range(length - len(SUFFIX) - 1)]
-    return [*head, kind, *SUFFIX]
+    """Random tokens, the token that says which kind it is, many times, and the suffix.
+
+    Many times, for random weights keep little of a single token after a dozen layers.
+    """
+    head = [chance.randrange(5000, 150000) for _ in range(16)]
+    return [*head, *[kind] * (length - len(head) - len(SUFFIX)), *SUFFIX]
 
 
 # ------------------------------------------------------------------ measuring
@@ -256,10 +264,10 @@ class Engine:
     def staggered(self, every: int) -> float:
         """Milliseconds per step of 256 rows while requests come and go, one `every` flagged.
 
-        The first 256 end after 1, 2, 3 … tokens; each that ends lets in one of 512 that follow.
+        The first 256 end after 1, 2, 3 … tokens; each that ends lets in one of 256 that follow.
         """
-        tokens = [*range(1, 257), *[TOKENS] * 512]
-        kinds = [HARMFUL if every and i % every == every // 2 else BENIGN for i in range(768)]
+        tokens = [*range(1, 257), *[TOKENS] * 256]
+        kinds = [HARMFUL if every and i % every == every // 2 else BENIGN for i in range(512)]
         return self.seconds(kinds, tokens) / (sum(tokens) / 256) * 1000
 
     def first_token(self) -> float:
@@ -299,7 +307,7 @@ def measure(mode: str, work: Path, n: int) -> dict[str, Any]:
         )
     if mode in ("stock", "guard"):
         flagged = HARMFUL if mode == "guard" else BENIGN
-        cases["whole_1"] = (lambda: engine.whole(flagged, 1), n)
+        cases["whole_1"] = (lambda: engine.whole(flagged, 1), max(1, n - 2))
         cases["whole_32"] = (lambda: engine.whole(flagged, 32), n)
         cases["whole_256"] = (lambda: engine.whole(flagged, 256), max(1, n - 2))
         cases["staggered"] = (lambda: engine.staggered(FLAGGED_EVERY), n)

@@ -134,33 +134,28 @@ class Moved:
 
 def mix_rows(
     base_logits: Tensor,
-    null_logits: Tensor,
-    steered_logits: Tensor,
+    difference: Tensor,
     budget_nats: Tensor,
     temperature: Tensor,
     spare: Tensor | None = None,
 ) -> Moved:
-    """Mix toward base + (steered − null) as far as the budget allows; faults stay in their rows.
+    """Mix toward base + difference as far as the budget allows; faults stay in their rows.
 
-    Null and steered rows come from one small batch, so what its shape does to both cancels. This
-    is the reference of the GPU's `serve.vllm_kernels.mix_rows`.
+    The difference is that of a steered and a null row of one small batch, so what its shape does
+    to both cancels. This is the reference of the GPU's `serve.vllm_kernels.mix_rows`.
 
     Args:
         base_logits: (n_rows, vocab) of the base pass.
-        null_logits: (n_rows, vocab) of a shadow pass that steers nothing.
-        steered_logits: (n_rows, vocab) of the shadow pass.
+        difference: (n_rows, vocab) steered − null logits; −inf: impossible once steered.
         budget_nats: (n_rows,) float64, ≥ 0.
         temperature: (n_rows,) float64, > 0, at which KL is measured.
         spare: (vocab,) logits for rows that hold NaN or +inf; None: their base row.
     """
     base = base_logits.float()
-    difference = steered_logits.float() - null_logits.float()
-    # A token that cannot occur (−inf in every pass) has difference NaN: it stays impossible.
-    difference = torch.where((steered_logits == -math.inf) & difference.isnan(), 0.0, difference)
-    target = base + difference
-    tops = [base, null_logits, steered_logits, torch.where(base == -math.inf, base, target)]
+    target = torch.where(base == -math.inf, -math.inf, base + difference.float())
     # NaN wins amax, so one reduction sees every fault
-    faulty = torch.stack([~torch.isfinite(rows.amax(dim=-1)) for rows in tops]).any(dim=0)
+    tops = [base.amax(dim=-1), difference.amax(dim=-1).clamp_min(0.0)]
+    faulty = ~torch.isfinite(torch.stack(tops)).all(dim=0)
     held = faulty.unsqueeze(-1)
     safe = torch.where(held, 0.0, base)
     mixture = mix_within_budget(safe, torch.where(held, safe, target), budget_nats, temperature)

@@ -21,7 +21,10 @@ __all__ = ["SteeringGraphs"]
 _SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 
 Run = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(first layer, hidden, sequence lengths, block table) → logits; one query token per row."""
+"""(first layer, hidden, sequence lengths, block table) → (n, vocab) steered − null logits.
+
+The 2n rows that enter are n null rows and n steered ones, one query token each.
+"""
 
 
 class SteeringGraphs:
@@ -144,17 +147,16 @@ class SteeringGraphs:
         null = self._hidden[:n]
         steered = carrier.apply(null.float()).to(null.dtype)
         seq_lens, table = self._seq_lens[:n], self._table[:n]
-        logits = self._run(
+        difference = self._run(
             carrier.layer,
             torch.cat([null, steered]),
             torch.cat([seq_lens, seq_lens]),
             torch.cat([table, table]),
         )
-        base, moved = self._buffers(logits)
+        base, moved = self._buffers(difference)
         self._mix(
             base[:n],
-            logits[:n],
-            logits[n:],
+            difference,
             *self._limits[:, :n],
             spare=self._spare,
             out=Moved(moved.logits[:n], moved.outcome[:n]),

@@ -268,6 +268,7 @@ class StepGuard:
         on_base: for the canary: the runner and (n_rows, vocab) logits of every base pass.
         requests: state of the requests that are running.
         n_steps: steps it has seen.
+        awake: False while vLLM warms up with requests of its own; nothing is served then.
     """
 
     def __init__(self, artifact: CarrierArtifact, policy: Policy, device: torch.device) -> None:
@@ -278,6 +279,7 @@ class StepGuard:
         self.on_base: Callable[[Runner, Tensor], None] | None = None
         self.requests: dict[str, GuardedRequest] = {}
         self.n_steps = 0
+        self.awake = False
         self._device = device
         self._ended: OrderedDict[str, GuardedRequest] = OrderedDict()
         self._active: dict[str, GuardedRequest] = {}  # that are steered, or failed
@@ -349,6 +351,8 @@ class StepGuard:
         Returns:
             True if `step` has to see its logits; otherwise nothing in it is guarded.
         """
+        if not self.awake:
+            return False
         if self._scores is None:
             self._scores = SlotScores(runner.n_slots, self._device)
         self.n_steps += 1
@@ -376,6 +380,8 @@ class StepGuard:
         """
         if self.on_base is not None:
             self.on_base(runner, logits)
+            # so that the sampler's kernels are compiled for float32 before anyone is served
+            logits = logits.to(torch.float32)
         self._open(runner, logits)
         if not self._active:
             return logits
@@ -512,9 +518,12 @@ class StepGuard:
         )
         index, moved = runner.steer(work, base)
         if self.policy.mode == "enforce":
-            if mixed is base:
-                mixed = base.to(torch.float32, copy=True)
-            mixed[index] = moved.logits
+            if len(due) == len(base):  # every row, in their order
+                mixed = moved.logits
+            else:
+                if mixed is base:
+                    mixed = base.to(torch.float32, copy=True)
+                mixed.index_copy_(0, index, moved.logits)
         if self.on_mixture is not None:
             for i, (nats, _, faulty) in enumerate(moved.outcome.tolist()):
                 if not faulty:

@@ -31,31 +31,23 @@ _N_STATE, _N_SUMS = 8, 8
 
 
 @triton.jit
-def _load(base, null, steered, at, inside):
-    """One piece of a row: base logits, the difference to add, and where the row is broken."""
-    minus = float("-inf")
-    b = tl.load(base + at, mask=inside, other=minus).to(tl.float32)
-    n = tl.load(null + at, mask=inside, other=minus).to(tl.float32)
-    s = tl.load(steered + at, mask=inside, other=minus).to(tl.float32)
-    d = s - n
-    d = tl.where((s == minus) & (n == minus), 0.0, d)
+def _load(base, difference, at, inside):
+    """One piece of a row: base logits, what to add to them, and where the row is broken."""
+    b = tl.load(base + at, mask=inside, other=float("-inf")).to(tl.float32)
+    d = tl.load(difference + at, mask=inside, other=0.0).to(tl.float32)
     plus = float("inf")
-    broken = (b != b) | (n != n) | (s != s) | (b == plus) | (n == plus) | (s == plus)
-    broken = broken | ((d == plus) & (b != minus))
-    return b, d, broken
+    return b, d, (b != b) | (d != d) | (b == plus) | (d == plus)
 
 
 @triton.jit
 def _extremes_kernel(
-    base, base_row, null, steered, shadow_row, temperature, sums, vocab, n_chunks,
+    base, base_row, difference, difference_row, temperature, sums, vocab, n_chunks,
     CHUNK: tl.constexpr, N_SUMS: tl.constexpr,
 ):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = at < vocab
-    b, d, broken = _load(
-        base + row * base_row, null + row * shadow_row, steered + row * shadow_row, at, inside
-    )
+    b, d, broken = _load(base + row * base_row, difference + row * difference_row, at, inside)
     scale = 1.0 / tl.load(temperature + row)
     possible = inside & (b != float("-inf"))
     target = tl.where(possible, b + d, float("-inf"))
@@ -104,7 +96,7 @@ def _advance(sums, state, row, n_chunks, cap, log_base, CHUNKS: tl.constexpr, N_
 
 @triton.jit
 def _search_kernel(
-    base, base_row, null, steered, shadow_row, temperature, budget,
+    base, base_row, difference, difference_row, temperature, budget,
     sums, sums_next, state, state_next, vocab, n_chunks,
     STEP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     N_SUMS: tl.constexpr, N_STATE: tl.constexpr,
@@ -142,9 +134,7 @@ def _search_kernel(
     if go:
         at = chunk * CHUNK + tl.arange(0, CHUNK)
         inside = at < vocab
-        b, d, _ = _load(
-            base + row * base_row, null + row * shadow_row, steered + row * shadow_row, at, inside
-        )
+        b, d, _broken = _load(base + row * base_row, difference + row * difference_row, at, inside)
         scale = (1.0 / tl.load(temperature + row)).to(tl.float32)
         b = b * scale - top.to(tl.float32)
         d = d * scale - shift.to(tl.float32)
@@ -173,7 +163,7 @@ def _written_kl(sums, row, n_chunks, t, CHUNKS: tl.constexpr, N_SUMS: tl.constex
 
 @triton.jit
 def _write_kernel(
-    base, base_row, null, steered, shadow_row, temperature, budget, spare,
+    base, base_row, difference, difference_row, temperature, budget, spare,
     sums, sums_next, state, state_next, mixed, mixed_row, vocab, n_chunks, shrink,
     FIRST: tl.constexpr, SPARE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     N_SUMS: tl.constexpr, N_STATE: tl.constexpr,
@@ -184,7 +174,9 @@ def _write_kernel(
     top, shift, faulty = tl.load(state + 4), tl.load(state + 5), tl.load(state + 7)
     if FIRST:
         log_base = tl.load(state + 6)
-        _, t, _, _, _ = _advance(sums, state, row, n_chunks, cap, log_base, CHUNKS, N_SUMS)
+        _at, t, _low_kl, _high, _go = _advance(
+            sums, state, row, n_chunks, cap, log_base, CHUNKS, N_SUMS
+        )
         t = tl.where((faulty == 0) & (cap > 0.0), t, 0.0)
         go = row >= 0
     else:
@@ -202,9 +194,7 @@ def _write_kernel(
     if go:
         at = chunk * CHUNK + tl.arange(0, CHUNK)
         inside = at < vocab
-        b, d, _ = _load(
-            base + row * base_row, null + row * shadow_row, steered + row * shadow_row, at, inside
-        )
+        b, d, _broken = _load(base + row * base_row, difference + row * difference_row, at, inside)
         m = tl.where(b == float("-inf"), b, b + t.to(tl.float32) * d)
         m = tl.where(t == 0.0, b, m)
         if SPARE:
@@ -258,8 +248,7 @@ def _book_kernel(
 
 def mix_rows(
     base_logits: Tensor,
-    null_logits: Tensor,
-    steered_logits: Tensor,
+    difference: Tensor,
     budget_nats: Tensor,
     temperature: Tensor,
     spare: Tensor | None = None,
@@ -268,9 +257,8 @@ def mix_rows(
     """`guard.kl.mix_rows` on a GPU, without a synchronisation; it can be captured in a CUDA graph.
 
     Args:
-        base_logits: (n_rows, vocab); this and the next two contiguous along the vocabulary.
-        null_logits: (n_rows, vocab).
-        steered_logits: (n_rows, vocab), with the row stride of `null_logits`.
+        base_logits: (n_rows, vocab), any float type, contiguous along the vocabulary.
+        difference: (n_rows, vocab), likewise: steered − null logits.
         budget_nats: (n_rows,) float64, ≥ 0.
         temperature: (n_rows,) float64, > 0.
         spare: (vocab,) float32 for rows that cannot be computed; None: their base row.
@@ -288,14 +276,14 @@ def mix_rows(
     sizes = {"CHUNK": _CHUNK, "N_SUMS": _N_SUMS}
     more = {**sizes, "CHUNKS": triton.next_power_of_2(n_chunks), "N_STATE": _N_STATE}
     grid = (n_rows, n_chunks)
-    rows = (base_logits, base_logits.stride(0), null_logits, steered_logits, null_logits.stride(0))
+    rows = (base_logits, base_logits.stride(0), difference, difference.stride(0))
     _extremes_kernel[grid](*rows, temperature, sums[0], vocab, n_chunks, **sizes)
     now = 0
     for step in range(_SEARCHES):
         then = 1 - now
         _search_kernel[grid](
             *rows, temperature, budget_nats, sums[now], sums[then], state[now], state[then],
-            vocab, n_chunks, STEP=min(step, 2), **more,
+            vocab, n_chunks, STEP=min(step, 2), num_warps=8, **more,
         )  # fmt: skip
         now = then
     for i, shrink in enumerate((0.0, *_SHRINKS)):
@@ -304,7 +292,7 @@ def mix_rows(
             *rows, temperature, budget_nats, spare if spare is not None else moved.logits,
             sums[now], sums[then], state[now], state[then],
             moved.logits, moved.logits.stride(0), vocab, n_chunks, shrink,
-            FIRST=i == 0, SPARE=spare is not None, **more,
+            FIRST=i == 0, SPARE=spare is not None, num_warps=8, **more,
         )  # fmt: skip
         now = then
     _book_kernel[(n_rows,)](

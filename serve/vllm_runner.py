@@ -57,6 +57,7 @@ class ModelRunner:
         self._model: Any = runner.get_model()
         self._body = _decoder(self._model)
         self._compute_logits = self._model.compute_logits
+        self._linear = _is_linear(self._model)
         self._starts = torch.arange(2 * MAX_STEERED + 1, dtype=torch.int32)
         self._starts_device = self._starts.to(runner.device)
         self._mix: Callable[..., Moved] = kl.mix_rows
@@ -146,6 +147,11 @@ class ModelRunner:
 
     def last_token_again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
         """(len(rows), vocab) logits of the rows' last tokens, entered at `layer` with `hidden`."""
+        logits: Tensor = self._compute_logits(self._last(rows, layer, hidden))
+        return logits
+
+    def _last(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """(len(rows), d_model): the normed states that these logits are computed from."""
         raise NotImplementedError
 
     def steer(self, work: Steering, logits: Tensor) -> tuple[Tensor, Moved]:
@@ -155,9 +161,22 @@ class ModelRunner:
         limits = on_device([work.budgets_nats, work.temperatures], torch.float64, device)
         null = self.last_hidden(work.carrier.layer)[index]
         steered = work.carrier.apply(null.float()).to(null.dtype)
-        again = self.last_token_again(rows + rows, work.carrier.layer, torch.cat([null, steered]))
-        n = len(rows)
-        return index, self._mix(logits[index], again[:n], again[n:], *limits, work.spare)
+        last = self._last(rows + rows, work.carrier.layer, torch.cat([null, steered]))
+        return index, self._mix(logits[index], self.difference(last), *limits, work.spare)
+
+    def difference(self, last: Tensor) -> Tensor:
+        """(n, vocab) steered − null logits, of (2n, d_model) normed null and steered states.
+
+        Where the output layer is linear, it is applied to the difference: one row for two, and
+        exact to the rounding of the difference, not to that of the logits.
+        """
+        null, steered = last.chunk(2)
+        if self._linear:
+            difference: Tensor = self._compute_logits(steered - null)
+            return difference
+        null, steered = self._compute_logits(last).float().chunk(2)
+        # A token that cannot occur is −inf in both, and stays as it is.
+        return torch.where((null == steered) & torch.isinf(null), 0.0, steered - null)
 
     def _run(
         self,
@@ -168,7 +187,7 @@ class ModelRunner:
         table: Tensor,
         groups: Sequence[Any] | None = None,
     ) -> Tensor:
-        """Logits of one query token per row, entered at `layer`, over the row's own KV blocks.
+        """Normed last states of one query token per row, entered at `layer`, over its KV blocks.
 
         Args:
             layer: the first to run.
@@ -217,9 +236,8 @@ class ModelRunner:
             stream, residual = hidden, None
             for decoder in self._body.layers[layer:]:
                 stream, residual = decoder(positions, stream, residual)
-            stream, _ = self._body.norm(stream, residual)
-            logits: Tensor = self._compute_logits(stream)
-        return logits
+            last: Tensor = self._body.norm(stream, residual)[0]
+        return last
 
 
 class _V1(ModelRunner):
@@ -287,8 +305,8 @@ class _V1(ModelRunner):
         ends = runner.query_start_loc.gpu[1 : runner.input_batch.num_reqs + 1].long() - 1
         return self.hidden(layer)[ends]
 
-    def last_token_again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
-        """(len(rows), vocab) logits of the rows' last tokens, entered at `layer` with `hidden`."""
+    def _last(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """(len(rows), d_model): normed last states of the rows' last tokens, entered at `layer`."""
         runner = self._runner
         index = on_device(list(rows), torch.int64, hidden.device)
         table = runner.input_batch.block_table[0].get_device_tensor(runner.input_batch.num_reqs)
@@ -386,7 +404,8 @@ class _V2(ModelRunner):
         longest = torch.full((2 * MAX_STEERED,), runner.max_model_len, dtype=torch.int32)
 
         def run(layer: int, hidden: Tensor, seq_lens: Tensor, table: Tensor) -> Tensor:
-            return self._run(layer, hidden, seq_lens, longest[: len(hidden)], table, groups)
+            seen = longest[: len(hidden)]
+            return self.difference(self._run(layer, hidden, seq_lens, seen, table, groups))
 
         free = torch.cuda.mem_get_info()[0]
         graphs = SteeringGraphs(
@@ -451,8 +470,8 @@ class _V2(ModelRunner):
         """(n_rows, d_model): likewise, of the last token of each row."""
         return self.hidden(layer)[self.batch.logits_indices.long()]
 
-    def last_token_again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
-        """(len(rows), vocab) logits of the rows' last tokens, entered at `layer` with `hidden`."""
+    def _last(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """(len(rows), d_model): normed last states of the rows' last tokens, entered at `layer`."""
         index = on_device(list(rows), torch.int64, hidden.device)
         seen = self.batch.seq_lens_cpu_upper_bound[list(rows)]
         table = self.tables[0][index].contiguous()
@@ -590,6 +609,15 @@ def _decoder(model: nn.Module) -> Any:
             f" {', '.join(wanted)}: this layer has no shadow pass yet"
         )
     return body
+
+
+def _is_linear(model: nn.Module) -> bool:
+    """True if logits are the output matrix times the normed state, and nothing else."""
+    head: Any = getattr(model, "lm_head", None)
+    processor: Any = getattr(model, "logits_processor", None)
+    if head is None or processor is None or getattr(head, "bias", None) is not None:
+        return False
+    return getattr(processor, "soft_cap", None) is None
 
 
 def _ask_for_hidden_states(runner: Any, model: Any, layers: Sequence[int]) -> None:

@@ -102,6 +102,7 @@ class WorkerGuard:
             for reading in readings:
                 check_reading(reading)
 
+        self.guard.awake = True
         self.guard.on_base = look
         try:
             steps = self._run_canary()
@@ -194,11 +195,13 @@ def _new_request(name: str, prompt: list[int], blocks: list[int]) -> Any:
     from vllm import SamplingParams
     from vllm.v1.core.sched.output import NewRequestData
 
+    every_option = SamplingParams.for_sampler_warmup()
+    every_option.max_tokens = 2
     return NewRequestData(
         req_id=name,
         prompt_token_ids=prompt,
         mm_features=[],
-        sampling_params=SamplingParams(temperature=0.0, max_tokens=2),
+        sampling_params=every_option,
         pooling_params=None,
         block_ids=(blocks,),
         num_computed_tokens=0,

@@ -25,12 +25,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy in th
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def passes(n: int, vocab: int, spread: float, push: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Base, null and steered logits of bfloat16 rows; the null rows are near the base."""
+def passes(n: int, vocab: int, spread: float, push: float) -> tuple[Tensor, Tensor]:
+    """Base logits and differences of bfloat16 rows."""
     base = (torch.randn(n, vocab) * spread).to(torch.bfloat16)
-    null = (base.float() + 0.02 * torch.randn(n, vocab)).to(torch.bfloat16)
-    steered = (null.float() + push * torch.randn(n, vocab)).to(torch.bfloat16)
-    return base.to(DEVICE), null.to(DEVICE), steered.to(DEVICE)
+    return base.to(DEVICE), (push * torch.randn(n, vocab)).to(torch.bfloat16).to(DEVICE)
 
 
 def recomputed(mixed: Tensor, base: Tensor, temperature: Tensor) -> Tensor:
@@ -46,9 +44,9 @@ def test_the_kernels_spend_what_the_reference_spends_and_never_more_than_the_bud
     torch.manual_seed(vocab)
     budgets = torch.tensor([0.0, 1e-6, 1e-3, 0.05, 1.0, 4.0, 64.0], dtype=torch.float64).to(DEVICE)
     temperature = torch.tensor([1, 0.3, 1, 0.7, 2, 1, 1], dtype=torch.float64).to(DEVICE)
-    base, null, steered = passes(len(budgets), vocab, spread, push)
-    found = vllm_kernels.mix_rows(base, null, steered, budgets, temperature)
-    wanted = mix_rows(base, null, steered, budgets, temperature)
+    base, difference = passes(len(budgets), vocab, spread, push)
+    found = vllm_kernels.mix_rows(base, difference, budgets, temperature)
+    wanted = mix_rows(base, difference, budgets, temperature)
     nats = found.outcome[:, 0]
     again = recomputed(found.logits, base, temperature)
     assert bool((nats <= budgets).all())
@@ -63,9 +61,9 @@ def test_the_kernels_spend_what_the_reference_spends_and_never_more_than_the_bud
 
 def test_a_pass_that_steers_nothing_returns_the_base_row_bit_for_bit() -> None:
     torch.manual_seed(0)
-    base, null, _ = passes(3, 5000, 3.0, 0.0)
+    base, nothing = passes(3, 5000, 3.0, 0.0)
     ones = torch.ones(3, dtype=torch.float64, device=DEVICE)
-    found = vllm_kernels.mix_rows(base, null, null, ones, ones)
+    found = vllm_kernels.mix_rows(base, nothing, ones, ones)
     assert torch.equal(found.logits, base.float())
     assert not bool(found.outcome.any())
 
@@ -73,16 +71,16 @@ def test_a_pass_that_steers_nothing_returns_the_base_row_bit_for_bit() -> None:
 @pytest.mark.parametrize("spare", [True, False])
 def test_a_broken_row_says_so_and_leaves_the_others_alone(spare: bool) -> None:
     torch.manual_seed(1)
-    base, null, steered = passes(5, 4500, 3.0, 1.0)
+    base, difference = passes(5, 4500, 3.0, 1.0)
     ones = torch.ones(5, dtype=torch.float64, device=DEVICE)
-    alone = vllm_kernels.mix_rows(base[4:], null[4:], steered[4:], ones[4:], ones[4:])
-    steered[0, 4400] = float("nan")
-    null[1, 3] = float("inf")
+    alone = vllm_kernels.mix_rows(base[4:], difference[4:], ones[4:], ones[4:])
+    difference[0, 4400] = float("nan")
+    difference[1, 3] = float("inf")
     base[2, 7] = float("nan")
     base[3] = float("-inf")
     row = torch.arange(4500.0, device=DEVICE) if spare else None
     for mix in (vllm_kernels.mix_rows, mix_rows):
-        found = mix(base, null, steered, ones, ones, row)
+        found = mix(base, difference, ones, ones, row)
         assert found.outcome[:, 2].tolist() == [1, 1, 1, 1, 0]
         assert not bool(found.outcome[:4, :2].any())
         expected = base[:4].float() if row is None else row.expand(4, -1)
@@ -92,13 +90,12 @@ def test_a_broken_row_says_so_and_leaves_the_others_alone(spare: bool) -> None:
 
 def test_tokens_that_cannot_occur_stay_impossible() -> None:
     torch.manual_seed(2)
-    base, null, steered = passes(2, 4200, 3.0, 1.0)
-    for rows in (base, null, steered):
-        rows[:, 10:20] = float("-inf")
-    steered[1, 30:40] = float("-inf")
+    base, difference = passes(2, 4200, 3.0, 1.0)
+    base[:, 10:20] = float("-inf")
+    difference[1, 30:40] = float("-inf")
     ones = torch.full((2,), 1.0, dtype=torch.float64, device=DEVICE)
-    found = vllm_kernels.mix_rows(base, null, steered, ones, ones)
-    wanted = mix_rows(base, null, steered, ones, ones)
+    found = vllm_kernels.mix_rows(base, difference, ones, ones)
+    wanted = mix_rows(base, difference, ones, ones)
     assert bool((found.logits[:, 10:20] == float("-inf")).all())
     assert bool((found.logits[1, 30:40] == float("-inf")).all())
     assert torch.allclose(found.outcome[:, 0], wanted.outcome[:, 0], rtol=3e-4)
