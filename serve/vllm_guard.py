@@ -381,7 +381,7 @@ class StepGuard:
         if self.on_base is not None:
             self.on_base(runner, logits)
             # so that the sampler's kernels are compiled for float32 before anyone is served
-            logits = logits.to(torch.float32)
+            return logits.to(torch.float32)
         self._open(runner, logits)
         if not self._active:
             return logits

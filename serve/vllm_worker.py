@@ -144,9 +144,14 @@ class WorkerGuard:
 
     def _run_canary(self) -> int:
         """Run two short requests for two tokens each; return the steps the guard saw."""
+        from vllm import SamplingParams
         from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 
         prompts = self._prompts()
+        params = SamplingParams(temperature=0.0, max_tokens=2)
+        if self._worker.device.type == "cuda":  # its samplers compile what an option needs
+            params = SamplingParams.for_sampler_warmup()
+            params.prompt_logprobs = None
         size = self._view.n_slots // self._view.n_blocks
         names = [f"{_CANARY}-{i}" for i in range(len(prompts))]
         lengths = dict(zip(names, map(len, prompts), strict=True))
@@ -156,7 +161,7 @@ class WorkerGuard:
             n_blocks = -(-(len(prompt) + 2) // size)
             blocks = list(range(first, first + n_blocks))
             first += n_blocks
-            prefill.scheduled_new_reqs.append(_new_request(name, prompt, blocks))
+            prefill.scheduled_new_reqs.append(_new_request(name, prompt, blocks, params))
         if first > self._view.n_blocks:
             raise NotArmedError("the KV cache is too small for the canary; give vLLM more memory")
         prefill.num_scheduled_tokens = dict(lengths)
@@ -191,17 +196,14 @@ class WorkerGuard:
         return [ids * 2, ids] if len(ids) > 1 else [ids * 4, ids * 2]
 
 
-def _new_request(name: str, prompt: list[int], blocks: list[int]) -> Any:
-    from vllm import SamplingParams
+def _new_request(name: str, prompt: list[int], blocks: list[int], params: Any) -> Any:
     from vllm.v1.core.sched.output import NewRequestData
 
-    every_option = SamplingParams.for_sampler_warmup()
-    every_option.max_tokens = 2
     return NewRequestData(
         req_id=name,
         prompt_token_ids=prompt,
         mm_features=[],
-        sampling_params=every_option,
+        sampling_params=params,
         pooling_params=None,
         block_ids=(blocks,),
         num_computed_tokens=0,
