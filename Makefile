@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_TESTS := $(wildcard tests/serve/test_vllm_*.py)
 
 .PHONY: setup setup-vllm model lint type test test-vllm fast demo bench clean
 
@@ -43,11 +44,13 @@ type: setup
 fast: setup
 	$(BIN)/python -m pytest -q -m "not model and not vllm"
 
-test: setup model
+# The suite, then what needs real vLLM, each in its own environment; pytest closes both with a line.
+test: setup setup-vllm model
 	$(BIN)/python -m pytest -q -m "not vllm"
+	$(VLLM_BIN)/python -m pytest -q -m vllm $(VLLM_TESTS)
 
 test-vllm: setup-vllm model
-	$(VLLM_BIN)/python -m pytest -q -m vllm $(wildcard tests/serve/test_vllm_*.py)
+	$(VLLM_BIN)/python -m pytest -q -m vllm $(VLLM_TESTS)
 
 # Calibrate, serve, ask, look at the metrics: everything lands in build/demo.
 demo: model

@@ -9,6 +9,7 @@ import tomllib
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -18,7 +19,10 @@ from guard.errors import GuardError, ModelMismatchError
 from guard.ownership import check_ownership
 from guard.policy import Policy
 
-__all__ = ["Check", "check_environment", "check_guard", "check_version"]
+if TYPE_CHECKING:
+    from serve.canary import CanaryReading
+
+__all__ = ["Check", "canary_check", "check_environment", "check_guard", "check_version"]
 
 _DISTRIBUTION = "trimtab"
 
@@ -71,6 +75,7 @@ def check_version(name: str, found: str | None, wanted: SpecifierSet) -> Check:
 def check_guard(
     model: str,
     guard: Path,
+    policy: Policy,
     *,
     revision: str | None,
     dtype: str,
@@ -93,7 +98,7 @@ def check_guard(
         engine = load_engine(
             model,
             guard,
-            Policy(),
+            policy,
             revision=revision,
             dtype=dtype,
             device=device,
@@ -110,17 +115,18 @@ def check_guard(
     except GuardError as err:
         failed = Check("shadow pass", False, str(err), "try --dtype float32")
         return [*checks, made_for, failed]
-    found = (
-        Check(
-            f"shadow pass, {reading.carrier} carrier",
-            True,
-            f"layer {reading.layer}: at strength zero {reading.gap:.2g} standard deviations off the"
-            f" base logits, of which {reading.tolerance:g} would be rounding; at full strength"
-            f" {reading.change:.2g}",
-        )
-        for reading in readings
+    return [*checks, made_for, *map(canary_check, readings)]
+
+
+def canary_check(reading: CanaryReading) -> Check:
+    """What a canary that passed has shown of one carrier."""
+    return Check(
+        f"shadow pass, {reading.carrier} carrier",
+        True,
+        f"layer {reading.layer}: at strength zero {reading.gap:.2g} standard deviations off the"
+        f" base logits, of which {reading.tolerance:g} would be rounding; at full strength"
+        f" {reading.change:.2g}",
     )
-    return [*checks, made_for, *found]
 
 
 def _supported(root: Path) -> tuple[SpecifierSet, list[Requirement]]:

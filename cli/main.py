@@ -59,6 +59,22 @@ DeviceOption = Annotated[
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
+PolicyOption = Annotated[
+    Path | None,
+    typer.Option("--policy", metavar="FILE", help="Policy in YAML; the defaults without it."),
+]
+EngineOption = Annotated[
+    EngineName,
+    typer.Option("--engine", help="transformers: embedded; vllm: vLLM's own, guarded."),
+]
+VllmOptions = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[-- VLLM_OPTIONS]",
+        help="With --engine vllm, options of `vllm serve`.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -189,23 +205,10 @@ def calibrate(
 def serve(
     context: typer.Context,
     model: ModelArgument,
-    vllm_options: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[-- VLLM_OPTIONS]",
-            help="With --engine vllm, options of `vllm serve`.",
-            show_default=False,
-        ),
-    ] = None,
-    engine_name: Annotated[
-        EngineName,
-        typer.Option("--engine", help="transformers: embedded; vllm: vLLM's server, guarded."),
-    ] = EngineName.TRANSFORMERS,
+    vllm_options: VllmOptions = None,
+    engine_name: EngineOption = EngineName.TRANSFORMERS,
     guard: GuardOption = None,
-    policy: Annotated[
-        Path | None,
-        typer.Option("--policy", metavar="FILE", help="Policy in YAML; the defaults without it."),
-    ] = None,
+    policy: PolicyOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -354,7 +357,10 @@ def doctor(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)
     ] = None,
+    vllm_options: VllmOptions = None,
+    engine_name: EngineOption = EngineName.TRANSFORMERS,
     guard: GuardOption = None,
+    policy: PolicyOption = None,
     as_json: JsonOption = False,
     revision: RevisionOption = None,
     dtype: DtypeOption = Dtype.AUTO,
@@ -363,28 +369,52 @@ def doctor(
 ) -> None:
     """Check this environment; with MODEL and --guard, that the guard works on this very setup.
 
-    Exit code 1 if anything fails.
+    With --engine vllm it starts vLLM behind the guard, shows what every rank has armed, and serves
+    prompts until one was raised and one was passed. Exit code 1 if anything fails.
     """
+    import os
+
     from cli.doctor import check_environment, check_guard
     from cli.models import resolve_model
     from cli.output import note, print_json, print_tables, table
     from guard.errors import InputError
+    from guard.policy import load_policy
 
+    on_vllm = engine_name is EngineName.VLLM
     if (model is None) != (guard is None):
         raise InputError("give MODEL and --guard FILE together, or neither")
+    if on_vllm and model is None:
+        raise InputError("--engine vllm needs MODEL and --guard FILE: it starts them")
+    if vllm_options and not on_vllm:
+        raise InputError(f"{' '.join(vllm_options)}: options after -- need --engine vllm")
+    if on_vllm and device != "auto":
+        raise InputError("--device is not an option of --engine vllm")
+    rules = load_policy(policy)
+    if guard is not None and rules.mode == "off":
+        raise InputError(f"{policy}: mode off has no guard to prove")
     checks = check_environment()
     if model is not None and guard is not None:
         note(f"loading {model}")
         folder = resolve_model(model)
         _hush(folder)
-        checks += check_guard(
-            folder,
-            guard,
-            revision=revision,
-            dtype=dtype.value,
-            device=_torch_device(device),
-            trust_remote_code=trust_remote_code,
-        )
+        if on_vllm:
+            from cli.vllm_doctor import check_vllm
+
+            flags = {"--revision": revision, "--dtype": dtype.value}
+            options = [part for flag, value in flags.items() if value for part in (flag, value)]
+            options += ["--trust-remote-code"] if trust_remote_code else []
+            options += vllm_options or []
+            checks += check_vllm(folder, guard, policy, rules, options, os.environ)
+        else:
+            checks += check_guard(
+                folder,
+                guard,
+                rules,
+                revision=revision,
+                dtype=dtype.value,
+                device=_torch_device(device),
+                trust_remote_code=trust_remote_code,
+            )
     healthy = all(check.ok for check in checks)
     if as_json:
         print_json({"ok": healthy, "checks": [check.as_dict() for check in checks]})

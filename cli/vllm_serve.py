@@ -12,13 +12,25 @@ from typing import NoReturn
 
 from guard.errors import InputError, NotArmedError
 
-__all__ = ["run_vllm", "vllm_command", "vllm_environment"]
+__all__ = ["check_options", "run_vllm", "vllm_command", "vllm_environment"]
 
 _GROUP, _NAME, _VALUE = "vllm.general_plugins", "trimtab", "serve.vllm_plugin:register"
 _FORBIDDEN = {
     "--chat-template": "the gate reads at the place that the calibrated template marks",
     "--trust-request-chat-template": "a client could then move the place at which the gate reads",
 }
+
+
+def check_options(extra: Sequence[str]) -> None:
+    """Refuse options of vLLM that would go round the guard.
+
+    Raises:
+        InputError: names the option.
+    """
+    for argument in extra:
+        name = argument.split("=", 1)[0].replace("_", "-")
+        if name in _FORBIDDEN:
+            raise InputError(f"{name} cannot be used with a guard: {_FORBIDDEN[name]}")
 
 
 def vllm_command(model: str, flags: Mapping[str, object], extra: Sequence[str]) -> list[str]:
@@ -32,10 +44,7 @@ def vllm_command(model: str, flags: Mapping[str, object], extra: Sequence[str]) 
     Raises:
         InputError: an option that would go round the guard.
     """
-    for argument in extra:
-        name = argument.split("=", 1)[0].replace("_", "-")
-        if name in _FORBIDDEN:
-            raise InputError(f"{name} cannot be used with a guard: {_FORBIDDEN[name]}")
+    check_options(extra)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
     for name, value in flags.items():
         if value is True:

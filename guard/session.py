@@ -79,7 +79,7 @@ class GuardSession:
 
     Args:
         artifact: the guard.
-        policy: the operator's policy; mode "off" must not create sessions.
+        policy: the operator's, or one that it publishes; mode "off" must not create sessions.
         lockstep: run shadow passes that the ledger can no longer pay for, too (they move nothing),
             so that ranks take the same path whatever each of them has booked.
     """
@@ -109,6 +109,11 @@ class GuardSession:
     def applies(self) -> bool:
         """True if mixed logits are to be sampled from; False in observe mode."""
         return self._policy.mode == "enforce"
+
+    @property
+    def fails_closed(self) -> bool:
+        """True if this request must not be served once it cannot be guarded."""
+        return self._policy.fails_closed
 
     @property
     def carrier(self) -> Carrier | None:

@@ -65,11 +65,13 @@ class GenerationRequest:
         request_id: unique, for logs and the ledger record; holds no user text.
         prompt_ids: token ids, template included.
         options: how to sample.
+        policy: the published policy that the client asked for; None is the default.
     """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     options: SamplingOptions = field(default_factory=SamplingOptions)
+    policy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ class Engine(Protocol):
         Raises:
             QueueFullError: too many requests wait; raised before the first step.
             ContextOverflowError: prompt plus max_tokens do not fit.
+            RequestError: a policy that is not published, or token ids out of range.
             NumericsError: the guard could not compute, and the policy says fail closed.
         """
 

@@ -22,7 +22,6 @@ from guard.artifact import CarrierArtifact
 from guard.errors import GuardError, NumericsError
 from guard.gate import GateReading, gate_position, probe_score, refusal_probability
 from guard.kl import log_probs
-from guard.policy import Policy
 from guard.session import GuardSession, Record
 from guard.shadow import BaseStep, ShadowModel
 from guard.step import guarded_logits, layers_wanted
@@ -170,7 +169,6 @@ class GuardedBatch:
         rows: at least one.
         eos_ids: tokens that end a response.
         artifact: the guard; None if the mode is off.
-        policy: the operator's.
         observers: who is told.
     """
 
@@ -180,14 +178,13 @@ class GuardedBatch:
         rows: Sequence[Row],
         eos_ids: frozenset[int],
         artifact: CarrierArtifact | None,
-        policy: Policy,
         observers: Observers | None = None,
     ) -> None:
         self.rows = list(rows)
         self.cache: Any = DynamicCache(config=model.model.config)
         self.position = 0
         self._model, self._eos_ids = model, eos_ids
-        self._artifact, self._policy = artifact, policy
+        self._artifact = artifact
         self._observers = observers or Observers()
         self._ids, self._mask = left_pad([row.request.prompt_ids for row in rows], model.device)
 
@@ -299,7 +296,7 @@ class GuardedBatch:
 
     def _guard_failed(self, row: Row, error: NumericsError) -> None:
         """Fail the row, unless the policy is to serve it unguarded or is only observing."""
-        if self._policy.on_failure == "closed" and self._policy.mode == "enforce":
+        if row.session is not None and row.session.fails_closed:
             row.fail(error)
             return
         row.unguarded = True

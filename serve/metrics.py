@@ -118,12 +118,14 @@ class GuardMetrics:
             "1 if the guard is proven to work and the engine is running.",
             ("model",),
             registry=registry,
+            multiprocess_mode="livemin",  # several API servers: armed if all of them are
         )
         self._info = Gauge(
             "trimtab_guard_info",
             "1, labelled with the guard in use.",
             ("artifact", "model", "format_version"),
             registry=registry,
+            multiprocess_mode="livemax",
         )
         self._errors = counter(
             "trimtab_errors_total", "Requests not served, or not to their end.", "kind"

@@ -173,6 +173,11 @@ class _GenerationBody(_Wire):
     stop: _StopList | None = Field(default=None, description="Up to four strings.")
     stream: bool | None = Field(default=None, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = Field(default=None, description="Only with stream.")
+    trimtab_policy: str | None = Field(
+        default=None,
+        max_length=64,
+        description="Not OpenAI's: a stricter policy, by the name under which it is published.",
+    )
 
     user: Ignored
     metadata: Ignored

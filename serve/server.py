@@ -544,7 +544,7 @@ class _Service:
             head=head,
             dialect=dialect,
             requests=tuple(
-                GenerationRequest(f"{head.id}-{i}", prompt, sampling)
+                GenerationRequest(f"{head.id}-{i}", prompt, sampling, body.trimtab_policy)
                 for i, (prompt, sampling) in enumerate(requests)
             ),
             prompt_tokens=sum(map(len, prompts)),

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from guard.artifact import CarrierArtifact, load_artifact
+from guard.artifact import CarrierArtifact, ModelIdentity, load_artifact
 from guard.errors import (
     ContextOverflowError,
     GuardError,
@@ -124,6 +124,7 @@ class TransformersEngine:
         self._artifact = artifact if policy.mode != "off" else None
         self._policy = policy
         self._model_id, self._revision = model_id or model_name, revision
+        self._identity: ModelIdentity | None = None
         self._max_batch, self._max_queue = max_batch, max_queue
         self.observers = Observers(on_record, on_gate, on_unguarded, on_mixture)
         self._vocab_size = model.get_input_embeddings().num_embeddings
@@ -185,11 +186,13 @@ class TransformersEngine:
 
         Raises:
             NotArmedError: the engine is not running.
-            RequestError: an empty prompt, or token ids outside the vocabulary.
+            RequestError: an empty prompt, token ids outside the vocabulary, or a policy that is not
+                published.
             ContextOverflowError: prompt plus max_tokens do not fit.
             QueueFullError: too many requests wait.
         """
         self._check_request(request)
+        policy = self._policy.published(request.policy)
         loop = asyncio.get_running_loop()
         arrivals: asyncio.Queue[TokenStep | GuardError] = asyncio.Queue()
 
@@ -203,7 +206,7 @@ class TransformersEngine:
             request,
             self._tokenizer,
             self._model.device,
-            GuardSession(self._artifact, self._policy) if self._artifact else None,
+            GuardSession(self._artifact, policy) if self._artifact else None,
             deliver,
             self.observers.record,
         )
@@ -222,8 +225,11 @@ class TransformersEngine:
         """
         if self._artifact is None:
             return []
-        model, tokenizer = self._model.model, self._tokenizer
-        self._artifact.check_model(model_identity(model, tokenizer, self._model_id, self._revision))
+        if self._identity is None:  # some quantised weights are unpacked in the first forward pass
+            self._identity = model_identity(
+                self._model.model, self._tokenizer, self._model_id, self._revision
+            )
+        self._artifact.check_model(self._identity)
         return run_canary(self._model, self._artifact, self.encode_chat(_CANARY))
 
     async def start(self) -> None:
@@ -324,9 +330,7 @@ class TransformersEngine:
 
     def _run(self, rows: Sequence[Row]) -> None:
         began = time.monotonic()
-        batch = GuardedBatch(
-            self._model, rows, self._eos_ids, self._artifact, self._policy, self.observers
-        )
+        batch = GuardedBatch(self._model, rows, self._eos_ids, self._artifact, self.observers)
         try:
             while not batch.done and not self._stopping:
                 batch.step()

@@ -12,20 +12,20 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from guard.artifact import CarrierArtifact
-from guard.errors import NotArmedError
+from guard.errors import NotArmedError, RequestError
 from guard.gate import Zone
-from guard.policy import Policy
+from guard.policy import POLICY_FIELD, Policy
 from guard.refusal import judge
 from guard.session import Record
 from serve.metrics import ErrorKind, GuardMetrics
 from serve.vllm_patch import check_statuses, wrap
 
-__all__ = ["Front", "install", "read_record"]
+__all__ = ["Front", "check_request", "install", "read_record"]
 
 _log = logging.getLogger("trimtab.vllm")
 
@@ -56,7 +56,7 @@ class Front:
     """
 
     def __init__(self, engine: Any, artifact: CarrierArtifact, policy: Policy) -> None:
-        self._engine, self._artifact = engine, artifact
+        self._engine, self._artifact, self._policy = engine, artifact, policy
         self._ended: dict[str, _Ended] = {}
         self._armed = False
         self._arming: asyncio.Lock | None = None
@@ -85,9 +85,27 @@ class Front:
         async with self._arming:
             statuses = await self._engine.collective_rpc("trimtab_status")
             n_ranks = self._engine.vllm_config.parallel_config.world_size
-            check_statuses(statuses, self._artifact.artifact_id, n_ranks)
+            check_statuses(statuses, self._artifact.artifact_id, self._policy, n_ranks)
             self._armed = True
             self.metrics.set_armed(True)
+
+    async def admit(self, prompt: Any, params: Any) -> None:
+        """Return if a request may be served.
+
+        Raises:
+            VLLMValidationError: it cannot be guarded, or asks for what it must not; 400.
+            NotArmedError: the guard is not armed.
+        """
+        try:
+            check_request(self._policy, prompt, params)
+        except RequestError as error:
+            self.metrics.count_error(ErrorKind.BAD_REQUEST)
+            raise _client_fault(error) from error
+        try:
+            await self.ensure_armed()
+        except NotArmedError:
+            self.metrics.count_error(ErrorKind.NOT_ARMED)
+            raise
 
     def end(self, request_id: str, text: str | None, seconds: float | None) -> None:
         """A response ended; None as text: it was aborted."""
@@ -152,10 +170,8 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
         front._task = loop.create_task(front._work())
 
     def add_request(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_request(kwargs.get("params", args[2] if len(args) > 2 else None))
-
         async def guarded() -> Any:
-            await self.trimtab.ensure_armed()
+            await self.trimtab.admit(*_prompt_and_params(args, kwargs))
             return await original(self, *args, **kwargs)
 
         return guarded()
@@ -181,7 +197,15 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
         original(self, *args, **kwargs)
         _refuse_beam_search()
         n_ranks = self.vllm_config.parallel_config.world_size
-        check_statuses(self.collective_rpc("trimtab_status"), artifact.artifact_id, n_ranks)
+        statuses = self.collective_rpc("trimtab_status")
+        check_statuses(statuses, artifact.artifact_id, policy, n_ranks)
+
+    def add_request_sync(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            check_request(policy, *_prompt_and_params(args, kwargs))
+        except RequestError as error:
+            raise _client_fault(error) from error
+        return original(self, *args, **kwargs)
 
     def finish(original: Callable[..., Any], self: Any, state: Any) -> Any:
         front = self.__dict__.get("trimtab")
@@ -204,6 +228,7 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
     wrap(AsyncLLM, "check_health", check_health)
     wrap(AsyncLLM, "shutdown", shutdown)
     wrap(LLMEngine, "__init__", init_sync)
+    wrap(LLMEngine, "add_request", add_request_sync)
     wrap(OutputProcessor, "_finish_request", finish)
     wrap(OutputProcessor, "abort_requests", abort)
 
@@ -231,24 +256,45 @@ def _refuse_beam_search() -> None:
         owner.beam_search = refuse  # type: ignore[attr-defined]
 
 
-def _check_request(params: Any) -> None:
-    """Refuse a request that names anything of the guard's; vLLM answers 400.
+def _prompt_and_params(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Prompt and sampling parameters of a call of `add_request`; a finished request has its own."""
+    prompt = kwargs.get("prompt", args[1] if len(args) > 1 else None)
+    params = kwargs.get("params", args[2] if len(args) > 2 else None)
+    return prompt, getattr(prompt, "params", params)
+
+
+def check_request(policy: Policy, prompt: Any, params: Any) -> None:
+    """Refuse what cannot be guarded, or names more of the guard than a published policy.
 
     Raises:
-        VLLMValidationError: vLLM's own word for a client's fault.
+        RequestError: the client's fault.
     """
+    if isinstance(prompt, AsyncGenerator):
+        raise RequestError(
+            "a prompt that goes on after the response began cannot be guarded: the gate is read"
+            " once, at the end of the prompt",
+            "prompt",
+        )
+    extra = getattr(params, "extra_args", None) or {}
+    named = [name for name in extra if name.lower().startswith("trimtab") and name != POLICY_FIELD]
+    if named:
+        raise RequestError(
+            f"vllm_xargs {', '.join(named)}: the guard is the operator's; a request can only name"
+            f" a published policy, as {POLICY_FIELD}",
+            "vllm_xargs",
+        )
+    if POLICY_FIELD in extra:
+        if not isinstance(extra[POLICY_FIELD], str):
+            raise RequestError(f"{POLICY_FIELD} must be a string", POLICY_FIELD)
+        policy.published(extra[POLICY_FIELD])
+
+
+def _client_fault(error: RequestError) -> Exception:
+    """What vLLM answers with status 400."""
     from vllm.exceptions import VLLMValidationError
 
-    named = [
-        name
-        for name in getattr(params, "extra_args", None) or {}
-        if name.lower().startswith("trimtab")
-    ]
-    if named:
-        raise VLLMValidationError(
-            f"vllm_xargs {', '.join(named)}: the guard is the operator's, no request can change it",
-            parameter="vllm_xargs",
-        )
+    fault: Exception = VLLMValidationError(str(error), parameter=error.param)
+    return fault
 
 
 @functools.lru_cache(maxsize=8)

@@ -79,6 +79,7 @@ class SamplingRow:
         position: of the token to be sampled, from 0.
         n_prompt: tokens of the prompt.
         temperature: at which it samples; 0 is greedy.
+        policy: the published policy that it asked for; None is the default.
     """
 
     row: int
@@ -86,6 +87,7 @@ class SamplingRow:
     position: int
     n_prompt: int
     temperature: float
+    policy: str | None = None
 
 
 class Runner(Protocol):
@@ -436,25 +438,25 @@ class StepGuard:
             logits[index], artifact.refusal_token_ids, artifact.refusal_token_weights
         )
         scores: list[float] = later.read()
-        states = []
-        for row in rows:
-            session = GuardSession(artifact, self.policy, lockstep=runner.n_ranks > 1)
+        states, waits = [], runner.n_ranks > 1
+        for row, score in zip(rows, scores, strict=True):
+            policy = self._policy_of(row) or self.policy
+            session = GuardSession(artifact, policy, lockstep=runner.n_ranks > 1)
             states.append(GuardedRequest(session, row.n_prompt))
             self.requests[row.request_id] = states[-1]
+            allow_lower = policy.lower == "certified"
+            waits |= row.position != 0 or self._policy_of(row) is None
+            waits |= undecided(score, artifact.thresholds, allow_lower)
 
         def open_sessions(refusal_probs: list[float]) -> None:
             readings = runner.agree(list(zip(scores, refusal_probs, strict=True)))
             for row, state, reading in zip(rows, states, readings, strict=True):
                 self._open_one(row, state, *reading)
 
-        allow_lower = self.policy.lower == "certified"
-        if runner.n_ranks == 1 and not any(
-            row.position != 0 or undecided(score, artifact.thresholds, allow_lower)
-            for row, score in zip(rows, scores, strict=True)
-        ):
-            self._await(Later(probs), states, open_sessions)
-        else:
+        if waits:
             open_sessions(probs.tolist())
+        else:
+            self._await(Later(probs), states, open_sessions)
         seconds = time.perf_counter() - began
         for state in states:
             state.gate_seconds = seconds
@@ -463,7 +465,9 @@ class StepGuard:
         self, row: SamplingRow, state: GuardedRequest, score: float, refusal_prob: float
     ) -> None:
         name = row.request_id
-        if row.position != 0:
+        if self._policy_of(row) is None:  # the front end lets none through
+            self._fail(name, state, "the policy that it asks for is not published")
+        elif row.position != 0:
             self._fail(name, state, "its first token was sampled before the guard saw it")
         elif not (math.isfinite(score) and math.isfinite(refusal_prob)):
             # every comparison with NaN is false, so it would pass as harmless
@@ -471,8 +475,12 @@ class StepGuard:
         elif state.session.open(GateReading(score, refusal_prob)) is not Zone.PASS:
             self._active[name] = state
 
+    def _policy_of(self, row: SamplingRow) -> Policy | None:
+        """What governs a request; None: it asks for a policy that is not published."""
+        return self.policy if row.policy is None else self.policy.policies.get(row.policy)
+
     def _fail(self, name: str, state: GuardedRequest, why: str) -> None:
-        if self._closed:
+        if state.session.fails_closed:
             state.failed = True
             if self.requests.get(name) is state:
                 self._active[name] = state
@@ -481,12 +489,8 @@ class StepGuard:
             state.unguarded = True
             _log.warning("request %s goes on unguarded: %s", name, why)
 
-    @property
-    def _closed(self) -> bool:
-        return self.policy.on_failure == "closed" and self.policy.mode == "enforce"
-
     def _guarded(self, runner: Runner, rows: Sequence[SamplingRow], logits: Tensor) -> Tensor:
-        by_carrier: dict[int, list[SamplingRow]] = {}
+        groups: dict[tuple[int, bool], list[SamplingRow]] = {}
         for row in rows:
             state = self.requests[row.request_id]
             if state.failed:
@@ -494,9 +498,10 @@ class StepGuard:
             if state.unguarded or not state.session.wants_shadow(row.position):
                 del self._active[row.request_id]  # its last outcome is booked: see `begin`
                 continue
-            by_carrier.setdefault(id(state.session.carrier), []).append(row)
+            alike = (id(state.session.carrier), state.session.fails_closed)
+            groups.setdefault(alike, []).append(row)
         mixed = logits
-        for due in by_carrier.values():
+        for due in groups.values():
             for start in range(0, len(due), MAX_STEERED):
                 mixed = self._steer(runner, due[start : start + MAX_STEERED], logits, mixed)
         return mixed
@@ -504,7 +509,7 @@ class StepGuard:
     def _steer(
         self, runner: Runner, due: Sequence[SamplingRow], base: Tensor, mixed: Tensor
     ) -> Tensor:
-        """Steer rows that share a carrier; what they spent is booked when it arrives."""
+        """Steer rows that share a carrier and a way to fail; what is spent is booked later."""
         states = [self.requests[row.request_id] for row in due]
         carrier = states[0].session.carrier
         if carrier is None:
@@ -514,7 +519,7 @@ class StepGuard:
             [row.row for row in due],
             [state.session.ledger.allowance_nats for state in states],
             [row.temperature or 1.0 for row in due],
-            self._spare_row(runner, base) if self._closed else None,
+            self._spare_row(runner, base) if states[0].session.fails_closed else None,
         )
         index, moved = runner.steer(work, base)
         if self.policy.mode == "enforce":

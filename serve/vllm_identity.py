@@ -46,7 +46,8 @@ def checkpoint_identity(config: Any) -> ModelIdentity:
             )
         folder = _folder(config.model, config.revision)
         found = model_identity(shell, tokenizer, config.model, config.revision, weights=False)
-        digest = _weights_sha256(shell, folder)
+        # The shell has no quantised weights, so it does not say how transformers names them.
+        digest = _weights_sha256(shell, folder) if found.quantization is None else None
         if digest is None:
             whole = AutoModelForCausalLM.from_pretrained(
                 config.model, revision=config.revision, dtype="auto", trust_remote_code=remote

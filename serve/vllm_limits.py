@@ -6,6 +6,7 @@ a warning: the guard serves what it can prove, or nothing.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from guard.errors import UnsupportedModelError
@@ -38,8 +39,14 @@ def check_config(config: Any) -> None:
 
 def _rules(config: Any) -> list[tuple[bool, str]]:
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    scheduler = config.scheduler_config
     load_format = getattr(config.load_config.load_format, "value", config.load_config.load_format)
     return [
+        (
+            os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
+            "unset VLLM_USE_RUST_FRONTEND: requests would not pass the guard's admission, nor be"
+            " counted",
+        ),
         (
             parallel.pipeline_parallel_size > 1,
             "set --pipeline-parallel-size 1: the gate and the carriers lie on several stages",
@@ -85,8 +92,16 @@ def _rules(config: Any) -> list[tuple[bool, str]]:
             "drop --enable-prompt-embeds: a prompt without token ids has no gate position",
         ),
         (
-            config.lora_config is not None,
-            "drop --enable-lora: an adapter's shadow pass is not exact yet",
+            config.lora_config is not None
+            and os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower()
+            not in ("", "0", "false"),
+            "unset VLLM_ALLOW_RUNTIME_LORA_UPDATING: a client could load weights of its own",
+        ),
+        (
+            config.lora_config is not None
+            and scheduler.max_num_batched_tokens < 2 * scheduler.max_num_seqs,
+            "with --enable-lora set --max-num-batched-tokens to twice --max-num-seqs or more:"
+            " a shadow pass has two rows per request",
         ),
         (
             config.kv_transfer_config is not None,
@@ -99,6 +114,12 @@ def _rules(config: Any) -> list[tuple[bool, str]]:
         (
             getattr(config, "weight_transfer_config", None) is not None,
             "drop --weight-transfer-config: a guard is made for weights that do not change",
+        ),
+        (
+            model.quantization is not None
+            and getattr(model.hf_config, "quantization_config", None) is None,
+            "drop --quantization, or quantise the checkpoint and calibrate a guard for it: weights"
+            " that are quantised as they are loaded are not those of the calibration",
         ),
         (
             load_format not in _LOAD_FORMATS,

@@ -48,8 +48,13 @@ class Armament:
         """What makes guarded compiled code differ: the guard, whose layers are returned."""
         return f"guard {self.artifact.artifact_id}"
 
+    @property
+    def name(self) -> str:
+        """What tells this armament from another, for errors and logs."""
+        return f"{self.salt}, policy {self.policy.digest}"
 
-_installed: str | None = None  # the salt of what was installed in this process
+
+_installed: str | None = None  # what was installed in this process
 
 
 def register() -> None:
@@ -90,12 +95,12 @@ def _load(guard: str | None, policy_file: str | None) -> Armament | None:
 def _install(armament: Armament) -> None:
     global _installed
     if _installed is not None:
-        if _installed != armament.salt:
+        if _installed != armament.name:
             from guard.errors import NotArmedError
 
             raise NotArmedError(
-                f"this process already serves with {_installed}, and TRIMTAB_GUARD now names"
-                f" {armament.salt}; start a new process"
+                f"this process already serves with {_installed}, and TRIMTAB_GUARD and"
+                f" TRIMTAB_POLICY now name {armament.name}; start a new process"
             )
         return
     from serve import vllm_front
@@ -105,8 +110,8 @@ def _install(armament: Armament) -> None:
     _patch_worker(armament)
     _patch_engine_core(armament)
     vllm_front.install(armament.artifact, armament.policy)
-    _installed = armament.salt
-    _log.info("%s in mode %s", armament.salt, armament.policy.mode)
+    _installed = armament.name
+    _log.info("%s in mode %s", armament.name, armament.policy.mode)
 
 
 def _patch_config(armament: Armament) -> None:
@@ -194,7 +199,7 @@ def _patch_engine_core(armament: Armament) -> None:
         result = original(self, *args, **kwargs)
         statuses = self.model_executor.collective_rpc("trimtab_status")
         n_ranks = self.vllm_config.parallel_config.world_size
-        check_statuses(statuses, armament.artifact.artifact_id, n_ranks)
+        check_statuses(statuses, armament.artifact.artifact_id, armament.policy, n_ranks)
         return result
 
     wrap(EngineCore, "_initialize_kv_caches", guarded)

@@ -18,12 +18,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from guard import kl
 from guard.errors import UnsupportedModelError
 from guard.kl import Moved
+from guard.policy import POLICY_FIELD
 from guard.steering import Carrier
 from serve.vllm_graphs import SteeringGraphs
 from serve.vllm_guard import (
@@ -161,8 +163,12 @@ class ModelRunner:
         limits = on_device([work.budgets_nats, work.temperatures], torch.float64, device)
         null = self.last_hidden(work.carrier.layer)[index]
         steered = work.carrier.apply(null.float()).to(null.dtype)
-        last = self._last(rows + rows, work.carrier.layer, torch.cat([null, steered]))
-        return index, self._mix(logits[index], self.difference(last), *limits, work.spare)
+        apart = self._apart(rows + rows, work.carrier.layer, torch.cat([null, steered]))
+        return index, self._mix(logits[index], apart, *limits, work.spare)
+
+    def _apart(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """(n, vocab) steered − null logits; `rows` and `hidden` are n null, then n steered rows."""
+        return self.difference(self._last(rows, layer, hidden))
 
     def difference(self, last: Tensor) -> Tensor:
         """(n, vocab) steered − null logits, of (2n, d_model) normed null and steered states.
@@ -174,9 +180,7 @@ class ModelRunner:
         if self._linear:
             difference: Tensor = self._compute_logits(steered - null)
             return difference
-        null, steered = self._compute_logits(last).float().chunk(2)
-        # A token that cannot occur is −inf in both, and stays as it is.
-        return torch.where((null == steered) & torch.isinf(null), 0.0, steered - null)
+        return _halves_apart(self._compute_logits(last))
 
     def _run(
         self,
@@ -269,6 +273,7 @@ class _V1(ModelRunner):
                     position=seen[row] - request.num_prompt_tokens,
                     n_prompt=request.num_prompt_tokens,
                     temperature=_temperature(request.sampling_params),
+                    policy=_policy(request.sampling_params),
                 )
             )
         return rows
@@ -305,6 +310,17 @@ class _V1(ModelRunner):
         ends = runner.query_start_loc.gpu[1 : runner.input_batch.num_reqs + 1].long() - 1
         return self.hidden(layer)[ends]
 
+    def last_token_again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """(len(rows), vocab) logits of the rows' last tokens, entered at `layer` with `hidden`."""
+        if self._runner.lora_config is not None:
+            return self._again_with_adapters(rows, layer, hidden)
+        return super().last_token_again(rows, layer, hidden)
+
+    def _apart(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        if self._runner.lora_config is not None:
+            return _halves_apart(self._again_with_adapters(rows, layer, hidden))
+        return super()._apart(rows, layer, hidden)
+
     def _last(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
         """(len(rows), d_model): normed last states of the rows' last tokens, entered at `layer`."""
         runner = self._runner
@@ -312,6 +328,27 @@ class _V1(ModelRunner):
         table = runner.input_batch.block_table[0].get_device_tensor(runner.input_batch.num_reqs)
         seen = runner.optimistic_seq_lens_cpu[list(rows)]
         return self._run(layer, hidden, runner.seq_lens[index], seen, table[index].contiguous())
+
+    def _again_with_adapters(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """Likewise, each row with its own LoRA adapter.
+
+        vLLM looks adapters up by a token's place in the step, and some of its kernels have room for
+        only `max_num_seqs` changes from one adapter to another: rows are sorted by adapter.
+        """
+        runner, batch = self._runner, self._runner.input_batch
+        adapters = batch.request_lora_mapping[list(rows)]
+        order = adapters.argsort(kind="stable")
+        mapping = tuple(adapters[order].tolist())
+        runner._set_active_loras(mapping, mapping, set(batch.lora_id_to_lora_request.values()))
+        try:
+            ordered = [rows[i] for i in order]
+            sorted_hidden = hidden[torch.from_numpy(order).to(hidden.device)]
+            logits = super().last_token_again(ordered, layer, sorted_hidden)
+        finally:  # log-probabilities of prompts are computed after this
+            step = self.state.scheduler_output.num_scheduled_tokens
+            scheduled = np.array([step[name] for name in batch.req_ids], dtype=np.int32)
+            runner.set_active_loras(batch, scheduled)
+        return logits[torch.from_numpy(order.argsort()).to(logits.device)]
 
     @property
     def _n_tokens(self) -> int:
@@ -328,7 +365,7 @@ class _V2(ModelRunner):
 
     def __init__(self, runner: Any, layers: Sequence[int], gate_layer: int) -> None:
         super().__init__(runner, layers)
-        self.prompts: dict[str, tuple[Sequence[int], float]] = {}
+        self.prompts: dict[str, tuple[Sequence[int], float, str | None]] = {}
         self.graphs: SteeringGraphs | None = None
         self.gate_passed: torch.cuda.Event | None = None  # in this step, where Python sees it
         self._side = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call]
@@ -382,8 +419,9 @@ class _V2(ModelRunner):
             seen = int(batch.num_computed_tokens_np[row] + batch.num_scheduled_tokens[row])
             if seen < int(batch.prefill_len_np[row]):
                 continue
-            prompt, temperature = self.prompts[request_id]
-            rows.append(SamplingRow(row, request_id, seen - len(prompt), len(prompt), temperature))
+            prompt, temperature, policy = self.prompts[request_id]
+            position, n_prompt = seen - len(prompt), len(prompt)
+            rows.append(SamplingRow(row, request_id, position, n_prompt, temperature, policy))
         return rows
 
     def capture(self, carriers: Sequence[Carrier]) -> int:
@@ -507,6 +545,10 @@ def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
     Raises:
         UnsupportedModelError: this model cannot be guarded.
     """
+    if runner.lora_config is not None:
+        raise UnsupportedModelError(
+            "--enable-lora is guarded on the V1 model runner only: unset VLLM_USE_V2_MODEL_RUNNER"
+        )
     view = _V2(runner, guard.layers, guard.artifact.manifest.gate.layer)
     model = runner.get_model()
     execute_model, prepare_attn = runner.execute_model, runner.prepare_attn
@@ -518,8 +560,12 @@ def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
             view.prompts.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
             if new.sampling_params is not None:
-                prompt = new.prompt_token_ids
-                view.prompts[new.req_id] = (prompt, _temperature(new.sampling_params))
+                params = new.sampling_params
+                view.prompts[new.req_id] = (
+                    new.prompt_token_ids,
+                    _temperature(params),
+                    _policy(params),
+                )
         view.gate_passed = None
         return execute_model(scheduler_output, *args, **kwargs)
 
@@ -588,6 +634,11 @@ def _temperature(params: Any) -> float:
     return 0.0 if params.temperature < _GREEDY_BELOW else float(params.temperature)
 
 
+def _policy(params: Any) -> str | None:
+    wanted = (params.extra_args or {}).get(POLICY_FIELD)
+    return None if wanted is None else str(wanted)
+
+
 def _decoder(model: nn.Module) -> Any:
     """The part of a model that holds its decoder layers and the final norm.
 
@@ -609,6 +660,13 @@ def _decoder(model: nn.Module) -> Any:
             f" {', '.join(wanted)}: this layer has no shadow pass yet"
         )
     return body
+
+
+def _halves_apart(logits: Tensor) -> Tensor:
+    """(n, vocab) float32: the second half of the rows minus the first."""
+    null, steered = logits.float().chunk(2)
+    # A token that cannot occur is −inf in both, and stays as it is.
+    return torch.where((null == steered) & torch.isinf(null), 0.0, steered - null)
 
 
 def _is_linear(model: nn.Module) -> bool:

@@ -37,6 +37,7 @@ class WorkerGuard:
 
     Attributes:
         guard: the guard of its steps.
+        runner: which of vLLM's model runners it has, V1 or V2.
         readings: what the canary showed; empty until it ran.
         graph_bytes: device memory that the captured shadow passes take.
 
@@ -56,6 +57,7 @@ class WorkerGuard:
             )
         is_v1 = hasattr(runner, "discard_request_mask")
         attach = attach_v1 if is_v1 else attach_v2
+        self.runner = "V1" if is_v1 else "V2"
         self._view: ModelRunner = attach(runner, self.guard)
         self.readings: list[CanaryReading] = []
         self.graph_bytes = 0
@@ -72,7 +74,10 @@ class WorkerGuard:
                 "rank": self._worker.rank,
                 "armed": self.armed,
                 "guard": self._artifact.artifact_id,
+                "model": self._artifact.manifest.model.weights_sha256,  # checked before the load
                 "mode": self.guard.policy.mode,
+                "policy": self.guard.policy.digest,
+                "runner": self.runner,
                 "layers": self.guard.layers,
                 "running": len(self.guard.requests),
                 "graph_bytes": self.graph_bytes,

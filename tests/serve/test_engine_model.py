@@ -82,6 +82,8 @@ def wide(embedded_model_dir: Path, subject: Subject) -> Subject:
 
 def _make_guard(bare: Subject) -> CarrierArtifact:
     """Differences in means of a few prompts; a third of them is raised and a third lowered."""
+    # Before the first forward pass, in which transformers unpacks some quantised weights.
+    identity = model_identity(bare.model, bare.tokenizer, "embedded")
     suffix = bare.tokenizer(SUFFIX, add_special_tokens=False)["input_ids"]
     read = {name: _hidden(bare, _texts(name, 16)) for name in ("harmful", "ordinary_benign")}
 
@@ -101,7 +103,7 @@ def _make_guard(bare: Subject) -> CarrierArtifact:
 
     manifest = Manifest(
         created="2026-01-01T00:00:00Z",
-        model=model_identity(bare.model, bare.tokenizer, "embedded"),
+        model=identity,
         seed=0,
         safe_kl_nats=0.1,
         datasets={},
@@ -300,9 +302,7 @@ def _run_batch(
         )
         for answer in answers
     ]
-    batch = GuardedBatch(
-        ShadowModel(subject.model), rows, frozenset(), subject.guard, POLICY, Observers()
-    )
+    batch = GuardedBatch(ShadowModel(subject.model), rows, frozenset(), subject.guard, Observers())
     while not batch.done:
         batch.step()
     return batch, answers

@@ -663,6 +663,88 @@ def test_a_harmful_prompt_that_the_model_would_answer_is_raised_within_its_budge
         assert served.sample("trimtab_shadow_passes_total") > 0
 
 
+PUBLISHED = Policy.model_validate(
+    {
+        "debug_fields": True,
+        "raise_budget_nats": 0.5,
+        "policies": {"strict": {"raise_budget_nats": 8.0, "lower": "off"}},
+    }
+)
+
+
+def test_a_client_may_ask_for_a_stricter_policy_by_name(tiny: Tiny) -> None:
+    with serving(tiny, PUBLISHED, max_batch=8) as served, served.client() as client:
+
+        def ask(prompt: str, name: str | None) -> dict[str, Any]:
+            reply = client.chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": prompt}],
+                temperature=0,
+                extra_body={"trimtab_policy": name},
+            )
+            shown: dict[str, Any] = (reply.model_extra or {})["trimtab"]
+            return shown
+
+        prompts = hard_harmful_prompts()[:8]
+        with ThreadPoolExecutor(16) as pool:  # both policies in one batch
+            asked = [pool.map(ask, prompts, [name] * 8) for name in (None, "strict")]
+            plain, strict = map(list, asked)
+        assert [a["zone"] for a in plain] == [b["zone"] for b in strict]
+        raised = [(a, b) for a, b in zip(plain, strict, strict=True) if a["zone"] == "raise"]
+        assert raised
+        assert {(a["budget_nats"], b["budget_nats"]) for a, b in raised} == {(0.5, 8.0)}
+        assert all(a["kl_nats"] <= 0.5 + 1e-9 for a, _ in raised)
+        assert max(b["kl_nats"] for _, b in raised) > 0.5
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "name", ["loose", "", "STRICT", 7, True, ["strict"], {"raise_budget_nats": 64}, "x" * 65]
+)
+def test_a_policy_that_is_not_published_is_a_400(
+    published: Served, path: str, stream: bool, name: Any
+) -> None:
+    asked = {"messages": MESSAGES} if path.startswith("chat") else {"prompt": PROMPT}
+    before = published.sample("trimtab_errors_total", kind="bad_request")
+    body = {"model": MODEL, **asked, "stream": stream, "n": 2, "trimtab_policy": name}
+    reply = published.post(path, json=body)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "trimtab_policy"
+    assert published.sample("trimtab_errors_total", kind="bad_request") == before + 1
+    assert published.sample("trimtab_requests_total", mode="enforce", zone="none") == 0
+
+
+@pytest.mark.parametrize("field", ["raise_budget_nats", "mode", "lower", "carrier", "trimtab"])
+def test_a_request_cannot_set_anything_of_a_policy(published: Served, field: str) -> None:
+    body = {"model": MODEL, "messages": MESSAGES, "trimtab_policy": "strict", field: 1}
+    reply = published.post("chat/completions", json=body)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == field
+
+
+@pytest.fixture(scope="module")
+def published(tiny: Tiny) -> Iterator[Served]:
+    with serving(tiny, PUBLISHED) as server:
+        yield server
+
+
+def test_fail_closed_may_be_asked_for_where_the_default_is_open(tiny: Tiny) -> None:
+    policy = Policy.model_validate(
+        {"on_failure": "open", "policies": {"closed": {"on_failure": "closed"}}}
+    )
+    probe = tiny.artifact.probe_weight
+    sick = replace(tiny, artifact=replace(tiny.artifact, probe_weight=probe.clone()))
+    with serving(sick, policy) as served:
+        sick.artifact.probe_weight.fill_(float("nan"))  # after the canary: the gate cannot be read
+        body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 2}
+        assert served.post("chat/completions", json=body).status_code == 200
+        assert served.sample("trimtab_errors_total", kind="unguarded") == 1
+        closed = served.post("chat/completions", json={**body, "trimtab_policy": "closed"})
+        assert closed.status_code == 500
+        assert closed.json()["error"]["code"] == "guard_numerics"
+
+
 def test_with_mode_off_responses_are_counted_as_unguarded(tiny: Tiny) -> None:
     with serving(tiny, Policy(mode="off", debug_fields=True)) as served:
         body = {"model": MODEL, "messages": MESSAGES, "n": 2}

@@ -251,7 +251,6 @@ def run_batch(
         rows,
         frozenset(() if eos is None else [eos]),
         artifact,
-        policy,
         observers,
     )
     while not batch.done:

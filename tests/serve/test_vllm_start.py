@@ -47,7 +47,7 @@ def test_without_the_variables_the_plugin_changes_nothing(
 ) -> None:
     seen = drive("refused", vllm_model_dir, tmp_path)
     assert seen["fine"] == "started, salt None"
-    assert seen["--enable-lora"] == "started, salt None"
+    assert seen["--enable-prompt-embeds"] == "started, salt None"
 
 
 def test_a_guard_of_another_model_starts_nothing(

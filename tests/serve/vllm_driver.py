@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -47,6 +48,44 @@ def make_guard(model: str, out: Path, _: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
     save_artifact(_make_guard(Subject(loaded, tokenizer, None)), out)  # type: ignore[arg-type]
+
+
+def quantise(model: str, out: Path, _: dict[str, Any]) -> None:
+    """A checkpoint with 4-bit weights in groups of 128, in the format of compressed-tensors."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    from safetensors.torch import load_file, save_file
+
+    folder = out.with_suffix("")
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(Path(model).glob("*.safetensors")):
+        for name, weight in load_file(file).items():
+            if name.endswith("_proj.weight"):
+                groups = weight.float().unflatten(1, (-1, 128))
+                scale = (groups.abs().amax(dim=-1, keepdim=True) / 7).clamp_min(1e-8)
+                whole = (groups / scale).round().clamp(-8, 7).to(torch.int8).flatten(1)
+                tensors[name + "_packed"] = pack_to_int32(whole, 4)
+                tensors[name + "_scale"] = scale.squeeze(-1).to(weight.dtype)
+                tensors[name + "_shape"] = torch.tensor(weight.shape)
+            else:
+                tensors[name] = weight
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    four_bits = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**four_bits, "strategy": "group", "group_size": 128},
+            }
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    out.write_text(json.dumps(str(folder)))
 
 
 def reference(model: str, out: Path, options: dict[str, Any]) -> None:
@@ -96,6 +135,19 @@ class Engine:
         self.temperatures: dict[str, float] = {}
         if self.guard is not None:
             self.guard.on_mixture = self._audit
+        core = self.llm.llm_engine.engine_core.engine_core
+        # vLLM compiles grammars in a thread, and a request joins the batch when its grammar is
+        # there: under load a step later, and the rows of another batch shape round otherwise.
+        core.structured_output_manager._use_async_grammar_compilation = False
+        self.batches: list[list[int]] = []
+        schedule = core.scheduler.schedule
+
+        def noting_schedule(*args: Any, **kwargs: Any) -> Any:
+            step = schedule(*args, **kwargs)
+            self.batches.append(list(step.num_scheduled_tokens.values()))
+            return step
+
+        core.scheduler.schedule = noting_schedule
 
     def _audit(self, name: str, _: int, mixed: Tensor, base: Tensor, nats: float) -> None:
         """KL(mixed ‖ base) by its definition, in float64 and independently of the guard's code."""
@@ -125,7 +177,9 @@ class Engine:
             }
         return found
 
-    def chat(self, conversations: Sequence[Any], params: Sequence[Any]) -> list[dict[str, Any]]:
+    def chat(
+        self, conversations: Sequence[Any], params: Sequence[Any], **options: Any
+    ) -> list[dict[str, Any]]:
         """Answer; conversations are texts or lists of messages."""
         first = int(self.llm.request_counter.counter)
         for i, param in enumerate(params):
@@ -133,7 +187,7 @@ class Engine:
         asked = [
             [{"role": "user", "content": c}] if isinstance(c, str) else c for c in conversations
         ]
-        outputs = self.llm.chat(asked, list(params), use_tqdm=False)
+        outputs = self.llm.chat(asked, list(params), use_tqdm=False, **options)
         records = self.records()
         return [
             {
@@ -151,7 +205,10 @@ class Engine:
 
 
 def answers(model: str, out: Path, options: dict[str, Any]) -> None:
-    """A mixed batch with logprobs: greedy and sampled, penalties, a grammar."""
+    """A mixed batch with logprobs: greedy and sampled, penalties, a grammar.
+
+    Every response has its full length, steered or not, so that all runs have the same batches.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -162,13 +219,75 @@ def answers(model: str, out: Path, options: dict[str, Any]) -> None:
             temperature=TEMPERATURES[i % 4],
             seed=i,
             max_tokens=options.get("max_tokens", 20),
+            ignore_eos=i != 7,
             logprobs=2,
             repetition_penalty=1.2 if i % 5 == 4 else 1.0,
             structured_outputs=StructuredOutputsParams(choice=["yes", "no"]) if i == 7 else None,
         )
         for i in range(len(prompts))
     ]
-    out.write_text(json.dumps(engine.chat(prompts, params)))
+    found = engine.chat(prompts, params)
+    batches = list(engine.batches)
+    raised = [
+        text
+        for text, answer in zip(prompts, found, strict=True)
+        if engine.guard is not None and answer["record"]["zone"] == "raise"
+    ]
+    features = _features(engine, raised[0]) if raised else {}
+    out.write_text(json.dumps({"answers": found, "batches": batches, "features": features}))
+
+
+def _features(engine: Engine, text: str) -> dict[str, Any]:
+    """Request features of vLLM on a prompt that is raised: name → what every choice was."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    answer = {"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}}
+    schema = {**answer, "required": ["answer"], "additionalProperties": False}
+    cases = {
+        "n": SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=20),
+        "stop": SamplingParams(temperature=0.0, max_tokens=20, stop=[" "]),
+        "json": SamplingParams(
+            temperature=0.0, max_tokens=40, structured_outputs=StructuredOutputsParams(json=schema)
+        ),
+        "sampling": SamplingParams(
+            temperature=0.9,
+            top_p=0.9,
+            top_k=40,
+            min_p=0.02,
+            presence_penalty=1.0,
+            frequency_penalty=1.0,
+            repetition_penalty=1.1,
+            logit_bias={0: -50.0},
+            bad_words=["sorry"],
+            min_tokens=20,
+            max_tokens=20,
+            seed=1,
+        ),
+        "logprobs": SamplingParams(temperature=0.0, max_tokens=6, logprobs=3, prompt_logprobs=1),
+    }
+    first = int(engine.llm.request_counter.counter)
+    for i, params in enumerate(cases.values()):
+        names = [f"{first + i}", *(f"{choice}_{first + i}" for choice in range(3))]
+        engine.temperatures.update(dict.fromkeys(names, params.temperature))
+    chats: list[Any] = [[{"role": "user", "content": text}]] * len(cases)
+    outputs = engine.llm.chat(chats, list(cases.values()), use_tqdm=False)
+    records = engine.records()
+    return {
+        name: [
+            {
+                "text": choice.text,
+                "n_tokens": len(choice.token_ids),
+                "n_logprobs": len(choice.logprobs or []),
+                "n_prompt_logprobs": len(output.prompt_logprobs or []),
+                "record": records[
+                    output.request_id if params.n == 1 else f"{choice.index}_{output.request_id}"
+                ],
+            }
+            for choice in output.outputs
+        ]
+        for (name, params), output in zip(cases.items(), outputs, strict=True)
+    }
 
 
 def zones(model: str, out: Path, options: dict[str, Any]) -> None:
@@ -220,6 +339,7 @@ def prefix(model: str, out: Path, _: dict[str, Any]) -> None:
 def storm(model: str, out: Path, options: dict[str, Any]) -> None:
     """Many requests at once, random aborts, and a KV cache that forces preemption."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     engine = Engine(
         model,
@@ -253,6 +373,12 @@ def storm(model: str, out: Path, options: dict[str, Any]) -> None:
             victim = chance.choice(left)
             llm.abort_request([victim])
             aborted.append(victim)
+    try:
+        loose = SamplingParams(max_tokens=1, extra_args={"trimtab_policy": "loose"})
+        engine.chat(["Hello"], [loose])
+        refused = None
+    except VLLMValidationError as error:
+        refused = str(error)
     # A last request flushes what vLLM still has to tell its workers; then nothing may be left.
     engine.chat(["Hello"], [SamplingParams(max_tokens=1, temperature=0.0)])
     engine.chat(["Hello"], [SamplingParams(max_tokens=1, temperature=0.0)])
@@ -268,10 +394,78 @@ def storm(model: str, out: Path, options: dict[str, Any]) -> None:
                 "finished": finished,
                 "aborted": aborted,
                 "preemptions": preemptions,
+                "refused": refused,
                 "running": sorted(engine.guard.requests) if engine.guard else [],
             }
         )
     )
+
+
+def lora(model: str, out: Path, options: dict[str, Any]) -> None:
+    """A batch in which every other request has an adapter, and the zero-strength shadow of each."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from serve.canary import compare
+
+    engine = Engine(model, enable_lora=True, max_lora_rank=8, max_num_seqs=12)
+    adapter = LoRARequest("adapter", 1, _random_adapter(model, out.with_suffix("")))
+    gaps: list[float] = []
+
+    def look(runner: Any, logits: Tensor) -> None:
+        # Backwards and twice, so that no row has the place that it has in the step.
+        rows = list(range(logits.shape[0]))[::-1] * 2
+        for layer in engine.guard.layers[1:]:
+            null = runner.last_hidden(layer)[rows]
+            again = runner.last_token_again(rows, layer, null)
+            gaps.append(compare("none", layer, logits[rows], again, again + 1.0).gap)
+
+    if engine.guard is not None:
+        engine.guard.on_base = look
+    prompts = texts(options["n_each"])
+    params = [
+        SamplingParams(
+            temperature=TEMPERATURES[i % 4], seed=i, max_tokens=12, ignore_eos=True, logprobs=2
+        )
+        for i in range(len(prompts))
+    ]
+    adapters = [adapter if i % 2 else None for i in range(len(prompts))]
+    found = engine.chat(prompts, params, lora_request=adapters)
+    out.write_text(json.dumps({"answers": found, "batches": engine.batches, "gaps": gaps}))
+
+
+def _random_adapter(model: str, folder: Path) -> str:
+    """A LoRA adapter that changes what every layer does."""
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    heads = config.hidden_size // config.num_attention_heads
+    sizes = {
+        "self_attn.q_proj": (config.hidden_size, config.hidden_size),
+        "self_attn.v_proj": (config.hidden_size, config.num_key_value_heads * heads),
+        "mlp.down_proj": (config.intermediate_size, config.hidden_size),
+    }
+    chance = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(config.num_hidden_layers):
+        for name, (n_in, n_out) in sizes.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            a = torch.randn(8, n_in, generator=chance) / n_in**0.5
+            b = torch.randn(n_out, 8, generator=chance) * 0.05
+            tensors[f"{prefix}.lora_A.weight"] = a.bfloat16()
+            tensors[f"{prefix}.lora_B.weight"] = b.bfloat16()
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    about = {
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 8,
+        "target_modules": [name.split(".")[1] for name in sizes],
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    return str(folder)
 
 
 def two_ranks(model: str, out: Path, options: dict[str, Any]) -> None:
@@ -307,9 +501,16 @@ def refused(model: str, out: Path, _: dict[str, Any]) -> None:
         "--speculative-config": {
             "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}
         },
+        "VLLM_USE_RUST_FRONTEND": {},
         "--enable-prompt-embeds": {"enable_prompt_embeds": True},
-        "--enable-lora": {"enable_lora": True},
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": {"enable_lora": True},
+        "--max-num-batched-tokens": {
+            "enable_lora": True,
+            "max_num_seqs": 512,
+            "max_num_batched_tokens": 512,
+        },
         "--load-format": {"load_format": "dummy"},
+        "--quantization": {"quantization": "fp8"},
         "--runner": {"runner": "pooling"},
         "--kv-transfer-config": {
             "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
@@ -317,6 +518,8 @@ def refused(model: str, out: Path, _: dict[str, Any]) -> None:
     }
     seen = {}
     for name, extra in cases.items():
+        for variable in ("VLLM_USE_RUST_FRONTEND", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+            os.environ[variable] = str(int(name == variable))
         try:
             config = EngineArgs(model, max_model_len=512, **extra).create_engine_config()
             seen[name] = f"started, salt {config.additional_config.get('trimtab')}"
@@ -339,7 +542,19 @@ def start(model: str, out: Path, options: dict[str, Any]) -> None:
 
 SCENARIOS: dict[str, Callable[[str, Path, dict[str, Any]], None]] = {
     f.__name__: f
-    for f in (make_guard, reference, answers, zones, prefix, storm, two_ranks, refused, start)
+    for f in (
+        make_guard,
+        quantise,
+        reference,
+        answers,
+        zones,
+        prefix,
+        storm,
+        lora,
+        two_ranks,
+        refused,
+        start,
+    )
 }
 
 if __name__ == "__main__":
