@@ -1,10 +1,9 @@
 """Do two machines guard alike? Zones, KL and unflagged responses of 200 shipped prompts in vLLM.
 
-    python -m benchmarks.vllm_agreement serve --model M --out gpu.json          with TRIMTAB_GUARD
-    python -m benchmarks.vllm_agreement serve --model M --out stock.json        without
-    python -m benchmarks.vllm_agreement serve --model M --out other.json --rows 16
+    python -m benchmarks.vllm_agreement serve --model M --out gpu.json      with TRIMTAB_GUARD
+    python -m benchmarks.vllm_agreement serve --model M --out stock.json --again 16      without
     python -m benchmarks.vllm_agreement compare --one gpu.json --other cpu.json
-        --stock stock.json --stock-other other.json --out RESULT
+        --stock stock.json --out RESULT
 
 Every KL is recomputed here by its definition in float64, outside the guard's code.
 """
@@ -32,21 +31,22 @@ def main() -> int:
     parser.add_argument("--model")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--rows", type=int, default=64, help="answered at a time")
-    for name in ("one", "other", "stock", "stock-other"):
+    parser.add_argument("--again", type=int, default=0, help="then once more, so many at a time")
+    for name in ("one", "other", "stock"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.what == "serve":
-        result = serve(args.model, args.prompts, args.rows)
+        result = serve(args.model, args.prompts, args.rows, args.again)
     else:
-        files = (args.one, args.other, args.stock, args.stock_other)
+        files = (args.one, args.other, args.stock)
         result = compare(*(json.loads(file.read_text()) for file in files))
         print(json.dumps(result, indent=1))
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
-def serve(model: str, n: int, rows: int) -> dict[str, Any]:
+def serve(model: str, n: int, rows: int, again: int) -> dict[str, Any]:
     """Answer the prompts greedily and say what was done to each."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the guard's own state is in this process
     import torch
@@ -56,7 +56,11 @@ def serve(model: str, n: int, rows: int) -> dict[str, Any]:
     from calibration.prompts import shipped_prompts
 
     texts = spread([p.text for p in shipped_prompts()], n)
-    llm = LLM(model, max_model_len=2048, max_num_seqs=rows, dtype="bfloat16", seed=0)
+    memory = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 4 << 30}  # two run at once
+    llm = LLM(
+        model, max_model_len=2048, max_num_seqs=rows, dtype="bfloat16", seed=0,
+        **(memory if torch.cuda.is_available() else {}),
+    )  # fmt: skip
     worker: Any = llm.llm_engine.model_executor.driver_worker  # type: ignore[attr-defined]
     found = worker.__dict__.get("trimtab")
     nats: dict[str, list[float]] = defaultdict(list)
@@ -70,7 +74,11 @@ def serve(model: str, n: int, rows: int) -> dict[str, Any]:
     if found is not None:
         found.guard.on_mixture = audit
     greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS, logprobs=5)
-    outputs = llm.chat([[{"role": "user", "content": t}] for t in texts], greedy, use_tqdm=False)
+    chats: list[Any] = [[{"role": "user", "content": text}] for text in texts]
+    outputs = llm.chat(chats, greedy, use_tqdm=False)
+    others = []
+    for start in range(0, n if again else 0, again or 1):
+        others += llm.chat(chats[start : start + again], greedy, use_tqdm=False)
     records: dict[str, Any] = {}
     if found is not None:
         found.guard.settle()
@@ -84,8 +92,9 @@ def serve(model: str, n: int, rows: int) -> dict[str, Any]:
                 "budget_nats": record.budget_nats,
                 "recomputed_nats": nats[name],
             }
-    answers = [
-        {
+
+    def said(output: Any) -> dict[str, Any]:
+        return {
             "tokens": list(output.outputs[0].token_ids),
             "logprobs": [
                 {str(token): value.logprob for token, value in step.items()}
@@ -93,8 +102,7 @@ def serve(model: str, n: int, rows: int) -> dict[str, Any]:
             ],
             "record": records.get(output.request_id),
         }
-        for output in outputs
-    ]
+
     return {
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu(),
         "vllm": __version__,
@@ -103,7 +111,8 @@ def serve(model: str, n: int, rows: int) -> dict[str, Any]:
         "guard": found.guard.artifact.artifact_id if found is not None else None,
         "canary": json.loads(found.status())["canary"] if found is not None else None,
         "largest_gap_of_charge_nats": max(gaps, default=0.0),
-        "answers": answers,
+        "answers": [said(output) for output in outputs],
+        "answers_again": [said(output) for output in others],
     }
 
 
@@ -117,9 +126,7 @@ def cpu() -> str:
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
-def compare(
-    one: dict[str, Any], other: dict[str, Any], stock: dict[str, Any], again: dict[str, Any]
-) -> dict[str, Any]:
+def compare(one: dict[str, Any], other: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
     """Two guarded runs, and unflagged responses against stock beside stock against itself."""
     pairs = list(zip(one["answers"], other["answers"], strict=True))
     records = [(a["record"], b["record"]) for a, b in pairs]
@@ -135,6 +142,7 @@ def compare(
         if a["tokens"] == b["tokens"] and a["record"]["recomputed_nats"]
     ]
     everything = [a["record"] for a in one["answers"]] + [b["record"] for b in other["answers"]]
+    again = {"answers": stock["answers_again"]}
     passed = [i for i, a in enumerate(one["answers"]) if a["record"]["zone"] == "pass"]
     return {
         "prompts": len(pairs),
@@ -161,9 +169,8 @@ def compare(
             "stock_against_stock_at_another_batch_size": apart(stock, again, passed),
         },
         "runs": {
-            name: {key: value for key, value in run.items() if key != "answers"}
-            for name, run in
-            {"one": one, "other": other, "stock": stock, "stock_other": again}.items()
+            name: {key: value for key, value in run.items() if not key.startswith("answers")}
+            for name, run in {"one": one, "other": other, "stock": stock}.items()
         },
     }  # fmt: skip
 

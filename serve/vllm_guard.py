@@ -271,6 +271,7 @@ class StepGuard:
         requests: state of the requests that are running.
         n_steps: steps it has seen.
         awake: False while vLLM warms up with requests of its own; nothing is served then.
+        rehearsing: True while the canary runs, which warms up what steering needs.
     """
 
     def __init__(self, artifact: CarrierArtifact, policy: Policy, device: torch.device) -> None:
@@ -282,6 +283,7 @@ class StepGuard:
         self.requests: dict[str, GuardedRequest] = {}
         self.n_steps = 0
         self.awake = False
+        self.rehearsing = False
         self._device = device
         self._ended: OrderedDict[str, GuardedRequest] = OrderedDict()
         self._active: dict[str, GuardedRequest] = {}  # that are steered, or failed
@@ -382,13 +384,12 @@ class StepGuard:
         """
         if self.on_base is not None:
             self.on_base(runner, logits)
-            # so that the sampler's kernels are compiled for float32 before anyone is served
-            return logits.to(torch.float32)
         self._open(runner, logits)
-        if not self._active:
-            return logits
-        rows = runner.sampling_rows(self._active)
-        return self._silence(runner, rows, self._guarded(runner, rows, logits))
+        if self._active:
+            rows = runner.sampling_rows(self._active)
+            logits = self._silence(runner, rows, self._guarded(runner, rows, logits))
+        # Sampler kernels are compiled per type: before anyone is served, and steered, for float32.
+        return logits.to(torch.float32) if self.rehearsing else logits
 
     def settle(self) -> None:
         """Book what the device has sent since: it was issued a step ago, so the wait is short.

@@ -547,7 +547,7 @@ def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
     """
     if runner.lora_config is not None:
         raise UnsupportedModelError(
-            "--enable-lora is guarded on the V1 model runner only: unset VLLM_USE_V2_MODEL_RUNNER"
+            "--enable-lora is guarded on the V1 model runner only: set VLLM_USE_V2_MODEL_RUNNER=0"
         )
     view = _V2(runner, guard.layers, guard.artifact.manifest.gate.layer)
     model = runner.get_model()

@@ -107,12 +107,12 @@ class WorkerGuard:
             for reading in readings:
                 check_reading(reading)
 
-        self.guard.awake = True
+        self.guard.awake = self.guard.rehearsing = True
         self.guard.on_base = look
         try:
             steps = self._run_canary()
         finally:
-            self.guard.on_base = None
+            self.guard.on_base, self.guard.rehearsing = None, False
             self.guard.reset()
         if steps != 2 or not readings:
             raise NotArmedError(
