@@ -24,6 +24,7 @@ __all__ = [
     "probe_score",
     "refusal_logit",
     "refusal_probability",
+    "undecided",
 ]
 
 
@@ -82,6 +83,12 @@ def choose_zone(reading: GateReading, thresholds: Thresholds, allow_lower: bool 
         about_to_refuse = reading.refusal_prob > thresholds.lower_if_refusal_above
         return Zone.LOWER if about_to_refuse else Zone.PASS
     return Zone.PASS
+
+
+def undecided(score: float, thresholds: Thresholds, allow_lower: bool = True) -> bool:
+    """Return whether the zone of this score depends on the refusal probability, too."""
+    tau = thresholds.lower_below if allow_lower else None
+    return not (score <= thresholds.raise_above and (tau is None or score >= tau))
 
 
 def gate_position(prompt_ids: Sequence[int], suffix_ids: Sequence[int]) -> int:

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from guard.errors import BudgetError, NumericsError
 
-__all__ = ["Ledger", "Mixture", "kl_per_token", "log_probs", "mix_within_budget"]
+__all__ = [
+    "Ledger",
+    "Mixture",
+    "Moved",
+    "kl_per_token",
+    "log_probs",
+    "mix_rows",
+    "mix_within_budget",
+]
 
 _MAX_STEPS = 60
 _RELATIVE_SLACK = 1e-4  # stop once KL is within this share below the cap
@@ -108,6 +116,53 @@ def mix_within_budget(
         strength = torch.where(over, strength * (1.0 - shrink), strength)
         mixed, kl = _apply(base, steered, strength, base_lp, temperature)
     return Mixture(mixed, strength, kl)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What `mix_rows` gives to sample from, and to book.
+
+    Attributes:
+        logits: (n_rows, vocab) float32, before temperature.
+        outcome: (n_rows, 3) float64: nats spent, 1 if the most likely token changed, 1 if the row
+            could not be computed.
+    """
+
+    logits: Tensor
+    outcome: Tensor
+
+
+def mix_rows(
+    base_logits: Tensor,
+    difference: Tensor,
+    budget_nats: Tensor,
+    temperature: Tensor,
+    spare: Tensor | None = None,
+) -> Moved:
+    """Mix toward base + difference as far as the budget allows; faults stay in their rows.
+
+    The difference is that of a steered and a null row of one small batch, so what its shape does
+    to both cancels. This is the reference of the GPU's `serve.vllm_kernels.mix_rows`.
+
+    Args:
+        base_logits: (n_rows, vocab) of the base pass.
+        difference: (n_rows, vocab) steered − null logits; −inf: impossible once steered.
+        budget_nats: (n_rows,) float64, ≥ 0.
+        temperature: (n_rows,) float64, > 0, at which KL is measured.
+        spare: (vocab,) logits for rows that hold NaN or +inf; None: their base row.
+    """
+    base = base_logits.float()
+    target = torch.where(base == -math.inf, -math.inf, base + difference.float())
+    # NaN wins amax, so one reduction sees every fault
+    tops = [base.amax(dim=-1), difference.amax(dim=-1).clamp_min(0.0)]
+    faulty = ~torch.isfinite(torch.stack(tops)).all(dim=0)
+    held = faulty.unsqueeze(-1)
+    safe = torch.where(held, 0.0, base)
+    mixture = mix_within_budget(safe, torch.where(held, safe, target), budget_nats, temperature)
+    logits = torch.where(held, base if spare is None else spare.float(), mixture.logits)
+    flipped = ~faulty & (mixture.logits.argmax(-1) != safe.argmax(-1))
+    outcome = torch.stack([mixture.kl_nats, flipped.double(), faulty.double()], dim=-1)
+    return Moved(logits, outcome)
 
 
 def _check(logits: Tensor, name: str) -> None:

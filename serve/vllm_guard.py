@@ -1,6 +1,6 @@
 """The guard's work in one vLLM worker: scores, zones, shadow passes and ledgers, step by step.
 
-    forward ─► score tokens into their KV slots ─► sampling rows: gate once, shadow, mix, charge
+    forward ─► score tokens into their KV slots ─► sampling rows: gate once, shadow, mix ─► book
 
 It knows model runners only through `Runner`; `vllm_runner` says how vLLM's are read.
 
@@ -9,31 +9,60 @@ depends on the same tokens as its keys and values do. So it is kept where they a
 KV slot, written by the same step that writes the slot. Whoever may read a cached block's keys may
 read its scores, and a block that is evicted and computed again is scored again. No cache hit is
 given up, and nothing has to be recomputed. A slot that was never written holds NaN: an error.
+
+**Why the host does not wait.** A GPU runs behind the host that feeds it, and waiting for it drains
+the queue. So outcomes of a step are read in the next one, after its forward pass was issued: the
+ledger is exact when it is asked again, and the device stays busy. The gate's score is read while
+the layers behind it still run. Only a score that leaves the zone open waits for the logits.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from guard.artifact import CarrierArtifact
-from guard.errors import NotArmedError, NumericsError
-from guard.gate import GateReading, gate_position, probe_score, refusal_probability
+from guard.errors import NotArmedError
+from guard.gate import (
+    GateReading,
+    Zone,
+    gate_position,
+    probe_score,
+    refusal_probability,
+    undecided,
+)
+from guard.kl import Moved
 from guard.policy import Policy
 from guard.session import GuardSession, Record
-from guard.step import guarded_logits, layers_wanted
+from guard.steering import Carrier
 
-__all__ = ["GuardedRequest", "Runner", "SamplingRow", "SlotScores", "StepGuard", "VllmStep"]
+__all__ = [
+    "MAX_STEERED",
+    "GuardedRequest",
+    "Later",
+    "Runner",
+    "SamplingRow",
+    "SlotScores",
+    "Steering",
+    "StepGuard",
+    "has_triton",
+    "on_device",
+]
 
 _log = logging.getLogger("trimtab.vllm")
+
+MAX_STEERED = 256
+"""Rows steered in one pass; more take several."""
 
 _MAX_KEPT = 65536  # records that nobody asked for; the oldest go first
 _CHUNK = 2048  # tokens scored at once, so that the float32 copy stays small
@@ -76,8 +105,12 @@ class Runner(Protocol):
     def end_token_ids(self) -> Sequence[int]:
         """Tokens that end a response."""
 
-    def sampling_rows(self) -> list[SamplingRow]:
-        """The rows that sample; prompts that are not finished do not."""
+    @property
+    def request_ids(self) -> Sequence[str]:
+        """All requests of this step, in the order of the rows."""
+
+    def sampling_rows(self, wanted: Container[str]) -> list[SamplingRow]:
+        """Their rows that sample; prompts that are not finished do not."""
 
     def prompt_ids(self, request_id: str) -> Sequence[int]:
         """Token ids of a request's prompt."""
@@ -100,35 +133,70 @@ class Runner(Protocol):
         It reads the KV cache and never writes it.
         """
 
+    def steer(self, work: Steering, logits: Tensor) -> tuple[Tensor, Moved]:
+        """Shadow pass, null rows beside steered ones, and mixture of some rows.
+
+        Returns:
+            (n,) int64 indices of the rows, and what became of them; valid until the next call.
+        """
+
+    def at_gate(self) -> AbstractContextManager[None]:
+        """Device work that waits for the gate's layer only, not for the rest of the forward pass.
+
+        So the host can read the gate while the device is still busy with the layers behind it.
+        """
+
     def agree(self, readings: list[tuple[float, float]]) -> list[tuple[float, float]]:
         """The first tensor-parallel rank's readings, on every rank."""
 
 
+class Later:
+    """Numbers on their way from the device to the host; only `read` waits for them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._done: torch.cuda.Event | None = None
+        self._host = values
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+
+    @property
+    def here(self) -> bool:
+        """True if reading waits for nothing, whatever the device is doing."""
+        return self._done is None
+
+    def read(self) -> Any:
+        """Nested lists of the values."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host.tolist()
+
+
+def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copy host numbers to the device without waiting for it, as `torch.tensor` would."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
-class VllmStep:
-    """A base pass as `guard.step` sees it."""
+class Steering:
+    """What to do to some rows of a step.
 
-    logits: Tensor
-    runner: Runner
+    Attributes:
+        carrier: to apply, its tensors on the device.
+        rows: of the logits.
+        budgets_nats: what each may spend.
+        temperatures: at which KL is measured, > 0.
+        spare: (vocab,) logits for rows that cannot be computed; None: their base row.
+    """
 
-    def last_hidden(self, layer: int) -> Tensor:
-        """(n_rows, d_model): the residual stream of the last token before `layer`."""
-        return self.runner.last_hidden(layer)
-
-
-class _Shadow:
-    """Steered logits as base + (steered − null), null and steered in one small batch."""
-
-    def shadow(self, step: VllmStep, rows: Sequence[int], layer: int, steered: Tensor) -> Tensor:
-        null = step.last_hidden(layer)[list(rows)]
-        hidden = torch.cat([null, steered.to(null.dtype)])
-        logits = step.runner.last_token_again([*rows, *rows], layer, hidden).float()
-        if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
-            raise NumericsError(f"the shadow pass from layer {layer} gave NaN or infinite logits")
-        difference = logits[len(rows) :] - logits[: len(rows)]
-        base = step.logits[list(rows)].float()
-        # A token that cannot occur (−inf in every pass) has difference NaN: it stays impossible.
-        return torch.where(torch.isnan(difference), base, base + difference)
+    carrier: Carrier
+    rows: Sequence[int]
+    budgets_nats: Sequence[float]
+    temperatures: Sequence[float]
+    spare: Tensor | None
 
 
 class SlotScores:
@@ -139,6 +207,11 @@ class SlotScores:
 
     def write(self, slots: Tensor, hidden: Tensor, weight: Tensor, bias: float) -> None:
         """Score the tokens that this step computed, (n_tokens, d_model), into their slots."""
+        if hidden.is_cuda and has_triton():
+            from serve.vllm_kernels import score_tokens
+
+            score_tokens(hidden, weight, bias, slots, self._scores)
+            return
         for start in range(0, len(slots), _CHUNK):
             part = slice(start, start + _CHUNK)
             self._scores[slots[part]] = probe_score(hidden[part], weight, bias)
@@ -149,10 +222,9 @@ class SlotScores:
         source, target = zip(*copies, strict=True)
         blocks[list(target)] = blocks[list(source)]
 
-    def read(self, slots: Tensor) -> list[float]:
+    def read(self, slots: Tensor) -> Later:
         """The scores of some slots, (n,) int64; NaN where nothing was ever written."""
-        values: list[float] = self._scores[slots].tolist()
-        return values
+        return Later(self._scores[slots])
 
     def clear(self) -> None:
         """Forget everything."""
@@ -170,6 +242,7 @@ class GuardedRequest:
         unguarded: likewise, but the policy lets it go on.
         gate_seconds: what reading its gate took.
         drained: its record was handed over while it still ran.
+        waits: for so many readings and outcomes that are still on their way.
     """
 
     session: GuardSession
@@ -178,6 +251,7 @@ class GuardedRequest:
     unguarded: bool = False
     gate_seconds: float = 0.0
     drained: bool = False
+    waits: int = 0
 
 
 OnMixture = Callable[[str, int, Tensor, Tensor, float], None]
@@ -196,22 +270,28 @@ class StepGuard:
         on_base: for the canary: the runner and (n_rows, vocab) logits of every base pass.
         requests: state of the requests that are running.
         n_steps: steps it has seen.
+        awake: False while vLLM warms up with requests of its own; nothing is served then.
+        rehearsing: True while the canary runs, which warms up what steering needs.
     """
 
     def __init__(self, artifact: CarrierArtifact, policy: Policy, device: torch.device) -> None:
         if policy.mode == "off":
             raise NotArmedError("mode off has no guard")
-        self.artifact, self.policy = artifact, policy
+        self.artifact, self.policy = _on(artifact, device), policy
         self.on_mixture: OnMixture | None = None
         self.on_base: Callable[[Runner, Tensor], None] | None = None
         self.requests: dict[str, GuardedRequest] = {}
         self.n_steps = 0
+        self.awake = False
+        self.rehearsing = False
         self._device = device
         self._ended: OrderedDict[str, GuardedRequest] = OrderedDict()
+        self._active: dict[str, GuardedRequest] = {}  # that are steered, or failed
+        self._fresh: list[SamplingRow] = []  # that sample their first token in this step
+        self._fresh_scores: Later | None = None
+        self._awaited: list[tuple[Later, list[GuardedRequest], Callable[[Any], None]]] = []
         self._scores: SlotScores | None = None
-        self._probe = artifact.probe_weight.to(device)
-        self._refusal_ids = artifact.refusal_token_ids.to(device)
-        self._refusal_weights = artifact.refusal_token_weights.to(device)
+        self._spare: Tensor | None = None
 
     @property
     def layers(self) -> list[int]:
@@ -219,10 +299,18 @@ class StepGuard:
         carriers = (self.artifact.raise_carrier, self.artifact.lower_carrier)
         return sorted({self.artifact.manifest.gate.layer, *(c.layer for c in carriers if c)})
 
+    def renew(self, request_id: str, n_prompt: int) -> None:
+        """A request is announced, perhaps again: one whose prompt has grown is gated anew."""
+        known = self.requests.get(request_id)
+        if known is not None and known.n_prompt != n_prompt:
+            del self.requests[request_id]
+            self._active.pop(request_id, None)
+
     def end(self, request_ids: Sequence[str]) -> None:
         """Requests that vLLM has forgotten; their records stay until they are drained."""
         for request_id in request_ids:
             state = self.requests.pop(request_id, None)
+            self._active.pop(request_id, None)
             if state is not None and not state.drained:
                 self._ended[request_id] = state
         while len(self._ended) > _MAX_KEPT:
@@ -241,10 +329,15 @@ class StepGuard:
             if state is not None and not state.drained:
                 state.drained = True
                 found[request_id] = state
+        if any(state.waits for state in found.values()):
+            self.settle()
         return found
 
     def reset(self) -> None:
         """Forget every request and every score, as after the canary."""
+        self._awaited.clear()
+        self._fresh = []
+        self._active.clear()
         self.requests.clear()
         self._ended.clear()
         if self._scores is not None:
@@ -256,133 +349,212 @@ class StepGuard:
             self._scores.copy_blocks(copies, n_blocks)
 
     @torch.inference_mode()
+    def begin(self, runner: Runner) -> bool:
+        """Score the tokens of a step whose forward pass has been issued, and read new gates.
+
+        Returns:
+            True if `step` has to see its logits; otherwise nothing in it is guarded.
+        """
+        if not self.awake:
+            return False
+        if self._scores is None:
+            self._scores = SlotScores(runner.n_slots, self._device)
+        self.n_steps += 1
+        self.settle()
+        gate, scores = self.artifact.manifest.gate, self._scores
+        unknown = {name for name in runner.request_ids if name not in self.requests}
+        self._fresh = runner.sampling_rows(unknown) if unknown else []
+        with runner.at_gate() if self._fresh else nullcontext():
+            hidden = runner.hidden(gate.layer)
+            scores.write(runner.slots_written(), hidden, self.artifact.probe_weight, gate.bias)
+            if self._fresh:
+                self._fresh_scores = scores.read(self._gate_slots(runner, self._fresh))
+        return bool(self._fresh or self._active or self.on_base)
+
+    @torch.inference_mode()
     def step(self, runner: Runner, logits: Tensor) -> Tensor:
         """Return the logits to sample from: `logits` itself where nothing is moved.
 
         Args:
-            runner: the step that has just run.
+            runner: the step for which `begin` was called.
             logits: (n_rows, vocab) of the base pass.
 
         Raises:
             BudgetError: a charge above the allowance: a bug.
         """
-        if self._scores is None:
-            self._scores = SlotScores(runner.n_slots, self._device)
-        self.n_steps += 1
         if self.on_base is not None:
             self.on_base(runner, logits)
-        gate = self.artifact.manifest.gate
-        self._scores.write(
-            runner.slots_written(), runner.hidden(gate.layer), self._probe, gate.bias
-        )
-        rows = runner.sampling_rows()
-        self._open(runner, [r for r in rows if self._is_new(r)], logits)
-        return self._silence(runner, rows, self._guarded(runner, rows, logits))
+        self._open(runner, logits)
+        if self._active:
+            rows = runner.sampling_rows(self._active)
+            logits = self._silence(runner, rows, self._guarded(runner, rows, logits))
+        # Sampler kernels are compiled per type: before anyone is served, and steered, for float32.
+        return logits.to(torch.float32) if self.rehearsing else logits
+
+    def settle(self) -> None:
+        """Book what the device has sent since: it was issued a step ago, so the wait is short.
+
+        Raises:
+            BudgetError: a charge above the allowance: a bug.
+        """
+        awaited, self._awaited = self._awaited, []
+        for later, states, book in awaited:
+            for state in states:
+                state.waits -= 1
+            book(later.read())
 
     def record(self, state: GuardedRequest, text: str | None = None) -> Record:
         """The record of a request."""
         return state.session.record(text)
 
-    def _is_new(self, row: SamplingRow) -> bool:
-        known = self.requests.get(row.request_id)
-        return known is None or known.n_prompt != row.n_prompt
-
-    def _open(self, runner: Runner, rows: Sequence[SamplingRow], logits: Tensor) -> None:
-        """Read the gate of requests that sample their first token."""
-        if not rows or self._scores is None:
+    def _await(
+        self, later: Later, states: list[GuardedRequest], book: Callable[[Any], None]
+    ) -> None:
+        if later.here:
+            book(later.read())
             return
-        began = time.perf_counter()
+        for state in states:
+            state.waits += 1
+        self._awaited.append((later, states, book))
+
+    def _gate_slots(self, runner: Runner, rows: Sequence[SamplingRow]) -> Tensor:
         suffix = self.artifact.manifest.gate.instruction_suffix_ids
         places = [gate_position(runner.prompt_ids(row.request_id), suffix) for row in rows]
-        scores = self._scores.read(runner.slots_of([row.row for row in rows], places))
-        refusal_probs = refusal_probability(
-            logits[[row.row for row in rows]], self._refusal_ids, self._refusal_weights
-        ).tolist()
-        readings = runner.agree(list(zip(scores, refusal_probs, strict=True)))
-        seconds = time.perf_counter() - began
-        for row, (score, refusal_prob) in zip(rows, readings, strict=True):
-            policy = self.policy if row.policy is None else self.policy.policies.get(row.policy)
-            session = GuardSession(
-                self.artifact, policy or self.policy, lockstep=runner.n_ranks > 1
-            )
-            state = GuardedRequest(session, row.n_prompt, gate_seconds=seconds)
-            self.requests[row.request_id] = state
-            if policy is None:  # the front end lets none through
-                self._fail(row.request_id, "the policy that it asks for is not published")
-            elif row.position != 0:
-                self._fail(row.request_id, "its first token was sampled before the guard saw it")
-            elif not (math.isfinite(score) and math.isfinite(refusal_prob)):
-                # every comparison with NaN is false, so it would pass as harmless
-                self._fail(row.request_id, f"its gate reads {score} and {refusal_prob}")
-            else:
-                state.session.open(GateReading(score, refusal_prob))
+        return runner.slots_of([row.row for row in rows], places)
 
-    def _fail(self, request_id: str, why: str) -> None:
-        state = self.requests[request_id]
+    def _open(self, runner: Runner, logits: Tensor) -> None:
+        """Decide the zones of requests that sample their first token.
+
+        The score is here long before the logits. Where it decides the zone alone, the refusal
+        probability is only recorded, and nobody waits for the end of the forward pass.
+        """
+        rows, later = self._fresh, self._fresh_scores
+        self._fresh, self._fresh_scores = [], None
+        if not rows or later is None:
+            return
+        began = time.perf_counter()
+        artifact = self.artifact
+        index = on_device([row.row for row in rows], torch.int64, logits.device)
+        probs = refusal_probability(
+            logits[index], artifact.refusal_token_ids, artifact.refusal_token_weights
+        )
+        scores: list[float] = later.read()
+        states, waits = [], runner.n_ranks > 1
+        for row, score in zip(rows, scores, strict=True):
+            policy = self._policy_of(row) or self.policy
+            session = GuardSession(artifact, policy, lockstep=runner.n_ranks > 1)
+            states.append(GuardedRequest(session, row.n_prompt))
+            self.requests[row.request_id] = states[-1]
+            allow_lower = policy.lower == "certified"
+            waits |= row.position != 0 or self._policy_of(row) is None
+            waits |= undecided(score, artifact.thresholds, allow_lower)
+
+        def open_sessions(refusal_probs: list[float]) -> None:
+            readings = runner.agree(list(zip(scores, refusal_probs, strict=True)))
+            for row, state, reading in zip(rows, states, readings, strict=True):
+                self._open_one(row, state, *reading)
+
+        if waits:
+            open_sessions(probs.tolist())
+        else:
+            self._await(Later(probs), states, open_sessions)
+        seconds = time.perf_counter() - began
+        for state in states:
+            state.gate_seconds = seconds
+
+    def _open_one(
+        self, row: SamplingRow, state: GuardedRequest, score: float, refusal_prob: float
+    ) -> None:
+        name = row.request_id
+        if self._policy_of(row) is None:  # the front end lets none through
+            self._fail(name, state, "the policy that it asks for is not published")
+        elif row.position != 0:
+            self._fail(name, state, "its first token was sampled before the guard saw it")
+        elif not (math.isfinite(score) and math.isfinite(refusal_prob)):
+            # every comparison with NaN is false, so it would pass as harmless
+            self._fail(name, state, f"its gate reads {score} and {refusal_prob}")
+        elif state.session.open(GateReading(score, refusal_prob)) is not Zone.PASS:
+            self._active[name] = state
+
+    def _policy_of(self, row: SamplingRow) -> Policy | None:
+        """What governs a request; None: it asks for a policy that is not published."""
+        return self.policy if row.policy is None else self.policy.policies.get(row.policy)
+
+    def _fail(self, name: str, state: GuardedRequest, why: str) -> None:
         if state.session.fails_closed:
             state.failed = True
-            _log.error("request %s cannot be guarded and is ended: %s", request_id, why)
+            if self.requests.get(name) is state:
+                self._active[name] = state
+            _log.error("request %s cannot be guarded and is ended: %s", name, why)
         else:
             state.unguarded = True
-            _log.warning("request %s goes on unguarded: %s", request_id, why)
+            _log.warning("request %s goes on unguarded: %s", name, why)
 
     def _guarded(self, runner: Runner, rows: Sequence[SamplingRow], logits: Tensor) -> Tensor:
-        n_rows = logits.shape[0]
-        sessions: list[GuardSession | None] = [None] * n_rows
-        positions = [0] * n_rows
+        groups: dict[tuple[int, bool], list[SamplingRow]] = {}
         for row in rows:
             state = self.requests[row.request_id]
-            if not (state.failed or state.unguarded):
-                sessions[row.row], positions[row.row] = state.session, row.position
-        step = VllmStep(logits, runner)
+            if state.failed:
+                continue
+            if state.unguarded or not state.session.wants_shadow(row.position):
+                del self._active[row.request_id]  # its last outcome is booked: see `begin`
+                continue
+            alike = (id(state.session.carrier), state.session.fails_closed)
+            groups.setdefault(alike, []).append(row)
         mixed = logits
-        for layer in layers_wanted(sessions, positions):
-            due = [
-                row
-                for row in rows
-                if (session := sessions[row.row]) is not None
-                and session.wants_shadow(row.position)
-                and session.carrier is not None
-                and session.carrier.layer == layer
-            ]
-            mixed = self._steer(step, due, mixed)
+        for due in groups.values():
+            for start in range(0, len(due), MAX_STEERED):
+                mixed = self._steer(runner, due[start : start + MAX_STEERED], logits, mixed)
         return mixed
 
-    def _steer(self, step: VllmStep, due: Sequence[SamplingRow], mixed: Tensor) -> Tensor:
-        """Steer rows that share a layer; if that fails, find out whose fault it is, row by row.
-
-        `guarded_logits` charges only after all of its rows of one layer are computed, so a row
-        that is tried again was not charged before.
-        """
-        n_rows = mixed.shape[0]
-        sessions: list[GuardSession | None] = [None] * n_rows
-        positions, temperatures = [0] * n_rows, [0.0] * n_rows
-        for row in due:
-            sessions[row.row] = self.requests[row.request_id].session
-            positions[row.row], temperatures[row.row] = row.position, row.temperature
-        names = {row.row: row for row in due}
-
-        def audit(index: int, moved: Tensor, base: Tensor, kl_nats: float) -> None:
-            if self.on_mixture is not None:
-                row = names[index]
-                self.on_mixture(row.request_id, row.position, moved, base, kl_nats)
-
-        try:
-            steered = guarded_logits(_Shadow(), step, sessions, positions, temperatures, audit)
-        except NumericsError as error:
-            if len(due) == 1:
-                self._fail(due[0].request_id, str(error))
-                return mixed
-            for row in due:
-                mixed = self._steer(step, [row], mixed)
+    def _steer(
+        self, runner: Runner, due: Sequence[SamplingRow], base: Tensor, mixed: Tensor
+    ) -> Tensor:
+        """Steer rows that share a carrier and a way to fail; what is spent is booked later."""
+        states = [self.requests[row.request_id] for row in due]
+        carrier = states[0].session.carrier
+        if carrier is None:
             return mixed
-        if steered is step.logits:  # nothing applied: observe mode
-            return mixed
-        if mixed is step.logits:
-            return steered
-        indices = [row.row for row in due]
-        mixed[indices] = steered[indices]
+        work = Steering(
+            carrier,
+            [row.row for row in due],
+            [state.session.ledger.allowance_nats for state in states],
+            [row.temperature or 1.0 for row in due],
+            self._spare_row(runner, base) if states[0].session.fails_closed else None,
+        )
+        index, moved = runner.steer(work, base)
+        if self.policy.mode == "enforce":
+            if len(due) == len(base):  # every row, in their order
+                mixed = moved.logits
+            else:
+                if mixed is base:
+                    mixed = base.to(torch.float32, copy=True)
+                mixed.index_copy_(0, index, moved.logits)
+        if self.on_mixture is not None:
+            for i, (nats, _, faulty) in enumerate(moved.outcome.tolist()):
+                if not faulty:
+                    row = due[i]
+                    self.on_mixture(
+                        row.request_id, row.position, moved.logits[i], base[row.row].float(), nats
+                    )
+
+        def book(outcome: list[list[float]]) -> None:
+            for row, state, (nats, flipped, faulty) in zip(due, states, outcome, strict=True):
+                if faulty:
+                    why = f"the shadow pass from layer {carrier.layer} gave NaN or infinite logits"
+                    self._fail(row.request_id, state, why)
+                else:
+                    state.session.charge(nats, bool(flipped))
+
+        self._await(Later(moved.outcome), states, book)
         return mixed
+
+    def _spare_row(self, runner: Runner, logits: Tensor) -> Tensor:
+        """(vocab,) logits that allow nothing but the end of the response."""
+        if self._spare is None:
+            self._spare = torch.full(logits.shape[1:], _IMPOSSIBLE, device=logits.device)
+            self._spare[list(runner.end_token_ids)] = 0.0
+        return self._spare
 
     def _silence(self, runner: Runner, rows: Sequence[SamplingRow], logits: Tensor) -> Tensor:
         """Let requests that cannot be guarded say nothing but the end token."""
@@ -390,7 +562,26 @@ class StepGuard:
         if not failed:
             return logits
         logits = logits.to(torch.float32, copy=True)
-        logits[failed] = _IMPOSSIBLE
-        for token_id in runner.end_token_ids:
-            logits[failed, token_id] = 0.0
+        logits[failed] = self._spare_row(runner, logits)
         return logits
+
+
+def has_triton() -> bool:
+    """True if the GPU's kernels can be compiled here."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _on(artifact: CarrierArtifact, device: torch.device) -> CarrierArtifact:
+    """The same guard with its tensors on the device."""
+
+    def moved(carrier: Carrier) -> Carrier:
+        return replace(carrier, basis=carrier.basis.to(device), target=carrier.target.to(device))
+
+    return replace(
+        artifact,
+        raise_carrier=moved(artifact.raise_carrier),
+        lower_carrier=moved(artifact.lower_carrier) if artifact.lower_carrier else None,
+        probe_weight=artifact.probe_weight.to(device),
+        refusal_token_ids=artifact.refusal_token_ids.to(device),
+        refusal_token_weights=artifact.refusal_token_weights.to(device),
+    )

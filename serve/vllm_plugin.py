@@ -103,8 +103,6 @@ def _install(armament: Armament) -> None:
                 f" TRIMTAB_POLICY now name {armament.name}; start a new process"
             )
         return
-    # The V2 runner's integration is not yet measured on a GPU: it is used only if asked for.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     from serve import vllm_front
 
     _patch_config(armament)

@@ -3,8 +3,8 @@
 The base pass is vLLM's own, compiled or in CUDA graphs, and only asked to return the residual
 stream before a few layers beside its output: the auxiliary hidden states that EAGLE-3 uses, so
 nothing of ours is traced, and no hook runs inside a graph. After it, while the step's inputs are
-still in place, the shadow pass calls the decoder layers from the carrier's on, eagerly, over the
-flagged rows alone.
+still in place, the shadow pass calls the decoder layers from the carrier's on for flagged rows:
+eagerly, or on GPUs as a CUDA graph of its own (`vllm_graphs`).
 
 Nothing of it reaches the KV cache: with an empty slot mapping vLLM skips the update in every
 backend whose forward does not include it, and other backends are refused.
@@ -13,16 +13,29 @@ backend whose forward does not include it, and other backends are refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from guard import kl
 from guard.errors import UnsupportedModelError
+from guard.kl import Moved
 from guard.policy import POLICY_FIELD
-from serve.vllm_guard import SamplingRow, StepGuard
+from guard.steering import Carrier
+from serve.vllm_graphs import SteeringGraphs
+from serve.vllm_guard import (
+    MAX_STEERED,
+    SamplingRow,
+    Steering,
+    StepGuard,
+    has_triton,
+    on_device,
+)
 
 __all__ = ["ModelRunner", "attach_v1", "attach_v2"]
 
@@ -46,6 +59,14 @@ class ModelRunner:
         self._model: Any = runner.get_model()
         self._body = _decoder(self._model)
         self._compute_logits = self._model.compute_logits
+        self._linear = _is_linear(self._model)
+        self._starts = torch.arange(2 * MAX_STEERED + 1, dtype=torch.int32)
+        self._starts_device = self._starts.to(runner.device)
+        self._mix: Callable[..., Moved] = kl.mix_rows
+        if torch.device(runner.device).type == "cuda" and has_triton():
+            from serve import vllm_kernels
+
+            self._mix = vllm_kernels.mix_rows
         _ask_for_hidden_states(runner, self._model, layers)
 
     @property
@@ -108,26 +129,89 @@ class ModelRunner:
         agreed: list[tuple[float, float]] = group.broadcast_object(readings, src=0)
         return agreed
 
+    def at_gate(self) -> AbstractContextManager[None]:
+        """Device work as soon as the gate's layer has run; here, in the order of the calls."""
+        return nullcontext()
+
+    def capture(self, carriers: Sequence[Carrier]) -> int:
+        """Prepare the steering of these carriers; return the bytes of device memory it takes."""
+        del carriers
+        return 0
+
+    def graph_gap(self, carrier: Carrier, rows: Sequence[int], logits: Tensor) -> float:
+        """How far captured steering is from the same without graphs, in standard deviations."""
+        del carrier, rows, logits
+        return 0.0
+
+    def last_hidden(self, layer: int) -> Tensor:
+        """(n_rows, d_model): the residual stream of the last token of each row before `layer`."""
+        raise NotImplementedError
+
+    def last_token_again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """(len(rows), vocab) logits of the rows' last tokens, entered at `layer` with `hidden`."""
+        logits: Tensor = self._compute_logits(self._last(rows, layer, hidden))
+        return logits
+
+    def _last(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """(len(rows), d_model): the normed states that these logits are computed from."""
+        raise NotImplementedError
+
+    def steer(self, work: Steering, logits: Tensor) -> tuple[Tensor, Moved]:
+        """Shadow pass, null rows beside steered ones, and mixture of some rows."""
+        device, rows = logits.device, list(work.rows)
+        index = on_device(rows, torch.int64, device)
+        limits = on_device([work.budgets_nats, work.temperatures], torch.float64, device)
+        null = self.last_hidden(work.carrier.layer)[index]
+        steered = work.carrier.apply(null.float()).to(null.dtype)
+        apart = self._apart(rows + rows, work.carrier.layer, torch.cat([null, steered]))
+        return index, self._mix(logits[index], apart, *limits, work.spare)
+
+    def _apart(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """(n, vocab) steered − null logits; `rows` and `hidden` are n null, then n steered rows."""
+        return self.difference(self._last(rows, layer, hidden))
+
+    def difference(self, last: Tensor) -> Tensor:
+        """(n, vocab) steered − null logits, of (2n, d_model) normed null and steered states.
+
+        Where the output layer is linear, it is applied to the difference: one row for two, and
+        exact to the rounding of the difference, not to that of the logits.
+        """
+        null, steered = last.chunk(2)
+        if self._linear:
+            difference: Tensor = self._compute_logits(steered - null)
+            return difference
+        return _halves_apart(self._compute_logits(last))
+
     def _run(
-        self, layer: int, hidden: Tensor, seq_lens: Tensor, seen: Tensor, table: Tensor
+        self,
+        layer: int,
+        hidden: Tensor,
+        seq_lens: Tensor,
+        seen: Tensor,
+        table: Tensor,
+        groups: Sequence[Any] | None = None,
     ) -> Tensor:
-        """Logits of one query token per row, entered at `layer`, over the row's own KV blocks.
+        """Normed last states of one query token per row, entered at `layer`, over its KV blocks.
 
         Args:
             layer: the first to run.
-            hidden: (n_rows, d_model) entering it.
+            hidden: (n_rows, d_model) entering it; it may be overwritten.
             seq_lens: (n_rows,) int32 on the device, the query token included.
             seen: the same on the host, or an upper bound.
             table: (n_rows, n_blocks) int32.
+            groups: attention groups, with the builders to use; the runner's own by default.
         """
         from vllm.forward_context import set_forward_context
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
         n, device = len(hidden), hidden.device
         positions = seq_lens.long() - 1
-        starts = torch.arange(n + 1, dtype=torch.int32)
+        starts, starts_device = self._starts[: n + 1], self._starts_device[: n + 1]
+        if len(starts) <= n:  # the canary takes every row
+            starts = torch.arange(n + 1, dtype=torch.int32)
+            starts_device = starts.to(device)
         common = CommonAttentionMetadata(
-            query_start_loc=starts.to(device),
+            query_start_loc=starts_device,
             query_start_loc_cpu=starts,
             seq_lens=seq_lens,
             num_reqs=n,
@@ -142,19 +226,22 @@ class ModelRunner:
             seq_lens_cpu_upper_bound=seen,
         )
         metadata: dict[str, Any] = {}
-        for group in self._runner.attn_groups[0]:
+        for group in groups or self._runner.attn_groups[0]:
             if hasattr(group, "build_metadata"):
                 built = group.build_metadata(common, 0)
             else:  # before 0.32 every group has blocks of the cache's own size
                 built = group.get_metadata_builder(0).build(0, common)
             metadata.update(dict.fromkeys(group.layer_names, built))
-        with set_forward_context(metadata, self._runner.vllm_config, num_tokens=n, slot_mapping={}):
+        config = self._runner.vllm_config
+        with (
+            set_forward_context(metadata, config, num_tokens=n, slot_mapping={}),
+            _fused_kernels(self._body.layers[layer:]),
+        ):
             stream, residual = hidden, None
             for decoder in self._body.layers[layer:]:
                 stream, residual = decoder(positions, stream, residual)
-            stream, _ = self._body.norm(stream, residual)
-            logits: Tensor = self._compute_logits(stream)
-        return logits
+            last: Tensor = self._body.norm(stream, residual)[0]
+        return last
 
 
 class _V1(ModelRunner):
@@ -162,15 +249,21 @@ class _V1(ModelRunner):
 
     state: Any = None  # the ExecuteModelState of the step that has just run
 
-    def sampling_rows(self) -> list[SamplingRow]:
-        """The rows that sample; prompts that are not finished do not."""
+    @property
+    def request_ids(self) -> Sequence[str]:
+        """All requests of this step, in the order of the rows."""
+        ids: Sequence[str] = self._runner.input_batch.req_ids
+        return ids
+
+    def sampling_rows(self, wanted: Container[str]) -> list[SamplingRow]:
+        """Their rows that sample; prompts that are not finished do not."""
         runner = self._runner
         batch = runner.input_batch
         seen = runner.optimistic_seq_lens_cpu[: batch.num_reqs].tolist()
         skipped = runner.discard_request_mask.np
         rows = []
         for row, request_id in enumerate(batch.req_ids):
-            if skipped[row]:
+            if request_id not in wanted or skipped[row]:
                 continue
             request = runner.requests[request_id]
             rows.append(
@@ -204,7 +297,7 @@ class _V1(ModelRunner):
             int(table.block_table.np[row, place // size]) * size + place % size
             for row, place in zip(rows, places, strict=True)
         ]
-        return torch.tensor(slots, device=self._runner.device)
+        return on_device(slots, torch.int64, torch.device(self._runner.device))
 
     def hidden(self, layer: int) -> Tensor:
         """(n_tokens, d_model): the residual stream before `layer`, of every token of this step."""
@@ -221,11 +314,17 @@ class _V1(ModelRunner):
         """(len(rows), vocab) logits of the rows' last tokens, entered at `layer` with `hidden`."""
         if self._runner.lora_config is not None:
             return self._again_with_adapters(rows, layer, hidden)
-        return self._again(rows, layer, hidden)
+        return super().last_token_again(rows, layer, hidden)
 
-    def _again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+    def _apart(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        if self._runner.lora_config is not None:
+            return _halves_apart(self._again_with_adapters(rows, layer, hidden))
+        return super()._apart(rows, layer, hidden)
+
+    def _last(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """(len(rows), d_model): normed last states of the rows' last tokens, entered at `layer`."""
         runner = self._runner
-        index = torch.tensor(rows, device=hidden.device)
+        index = on_device(list(rows), torch.int64, hidden.device)
         table = runner.input_batch.block_table[0].get_device_tensor(runner.input_batch.num_reqs)
         seen = runner.optimistic_seq_lens_cpu[list(rows)]
         return self._run(layer, hidden, runner.seq_lens[index], seen, table[index].contiguous())
@@ -243,7 +342,8 @@ class _V1(ModelRunner):
         runner._set_active_loras(mapping, mapping, set(batch.lora_id_to_lora_request.values()))
         try:
             ordered = [rows[i] for i in order]
-            logits = self._again(ordered, layer, hidden[torch.from_numpy(order).to(hidden.device)])
+            sorted_hidden = hidden[torch.from_numpy(order).to(hidden.device)]
+            logits = super().last_token_again(ordered, layer, sorted_hidden)
         finally:  # log-probabilities of prompts are computed after this
             step = self.state.scheduler_output.num_scheduled_tokens
             scheduled = np.array([step[name] for name in batch.req_ids], dtype=np.int32)
@@ -263,15 +363,59 @@ class _V2(ModelRunner):
     tables: Any = None  # per KV cache group: (n_rows, n_blocks)
     slots: Any = None  # (n_groups, n_tokens)
 
-    def __init__(self, runner: Any, layers: Sequence[int]) -> None:
+    def __init__(self, runner: Any, layers: Sequence[int], gate_layer: int) -> None:
         super().__init__(runner, layers)
         self.prompts: dict[str, tuple[Sequence[int], float, str | None]] = {}
+        self.graphs: SteeringGraphs | None = None
+        self.gate_passed: torch.cuda.Event | None = None  # in this step, where Python sees it
+        self._side = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call]
+        self._watch(gate_layer)
 
-    def sampling_rows(self) -> list[SamplingRow]:
-        """The rows that sample; prompts that are not finished do not."""
+    def _watch(self, layer: int) -> None:
+        """Note when the device gets to the gate's layer.
+
+        Attention is called from Python between the pieces of the compiled model, whenever a step
+        holds a prompt. Steps of decoding alone are one CUDA graph: there nothing is noted.
+        """
+        attention = getattr(getattr(self._body.layers[layer], "self_attn", None), "attn", None)
+        if attention is None:
+            return
+        forward = attention.impl.forward
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+        def noting_forward(*args: Any, **kwargs: Any) -> Any:
+            if not torch.cuda.is_current_stream_capturing():
+                event.record()
+                self.gate_passed = event
+            return forward(*args, **kwargs)
+
+        attention.impl.forward = noting_forward
+
+    @contextmanager
+    def at_gate(self) -> Iterator[None]:
+        """Device work as soon as the gate's layer has run, beside the layers behind it."""
+        if self.gate_passed is None:
+            yield
+            return
+        main = torch.cuda.current_stream()
+        self._side.wait_event(self.gate_passed)
+        with torch.cuda.stream(self._side):
+            yield
+        main.wait_stream(self._side)
+
+    @property
+    def request_ids(self) -> Sequence[str]:
+        """All requests of this step, in the order of the rows."""
+        ids: Sequence[str] = self.batch.req_ids
+        return ids
+
+    def sampling_rows(self, wanted: Container[str]) -> list[SamplingRow]:
+        """Their rows that sample; prompts that are not finished do not."""
         batch = self.batch
         rows = []
         for row, request_id in enumerate(batch.req_ids):
+            if request_id not in wanted:
+                continue
             seen = int(batch.num_computed_tokens_np[row] + batch.num_scheduled_tokens[row])
             if seen < int(batch.prefill_len_np[row]):
                 continue
@@ -279,6 +423,64 @@ class _V2(ModelRunner):
             position, n_prompt = seen - len(prompt), len(prompt)
             rows.append(SamplingRow(row, request_id, position, n_prompt, temperature, policy))
         return rows
+
+    def capture(self, carriers: Sequence[Carrier]) -> int:
+        """Capture the steering of each carrier as CUDA graphs; return the bytes they take.
+
+        Left to eager calls: tensor parallelism, whose collectives have graphs of their own, and
+        engines told to use none.
+        """
+        runner = self._runner
+        if self.n_ranks > 1 or runner.model_config.enforce_eager or not has_triton():
+            return 0
+        # FlashAttention 3 schedules into one buffer per builder: the base pass keeps its own.
+        groups = [replace(group, metadata_builders=[]) for group in runner.attn_groups[0]]
+        for group in groups:
+            group.create_metadata_builders(
+                runner.vllm_config, runner.device, runner.kernel_block_sizes[0], 1
+            )
+        longest = torch.full((2 * MAX_STEERED,), runner.max_model_len, dtype=torch.int32)
+
+        def run(layer: int, hidden: Tensor, seq_lens: Tensor, table: Tensor) -> Tensor:
+            seen = longest[: len(hidden)]
+            return self.difference(self._run(layer, hidden, seq_lens, seen, table, groups))
+
+        free = torch.cuda.mem_get_info()[0]
+        graphs = SteeringGraphs(
+            run,
+            self._mix,
+            max_rows=min(MAX_STEERED, runner.max_num_reqs),
+            d_model=runner.model_config.get_hidden_size(),
+            n_blocks=runner.block_tables.input_block_tables[0].shape[1],
+            dtype=runner.model_config.dtype,
+            device=torch.device(runner.device),
+        )
+        for carrier in carriers:
+            graphs.capture(carrier)
+        self.graphs = graphs
+        return free - torch.cuda.mem_get_info()[0]
+
+    def steer(self, work: Steering, logits: Tensor) -> tuple[Tensor, Moved]:
+        """Shadow pass, null rows beside steered ones, and mixture of some rows."""
+        if self.graphs is None or not self.graphs.can(work):
+            return super().steer(work, logits)
+        return self.graphs.steer(
+            work,
+            hidden=self.hidden(work.carrier.layer),
+            ends=self.batch.logits_indices,
+            logits=logits,
+            seq_lens=self.batch.seq_lens,
+            table=self.tables[0],
+        )
+
+    def graph_gap(self, carrier: Carrier, rows: Sequence[int], logits: Tensor) -> float:
+        """How far captured steering is from the same without graphs, in standard deviations."""
+        ones = [1.0] * len(rows)
+        work = Steering(carrier, rows, ones, ones, None)
+        captured = self.steer(work, logits)[1].logits.clone()
+        return float(
+            (captured - super().steer(work, logits)[1].logits).abs().max() / captured.std()
+        )
 
     def prompt_ids(self, request_id: str) -> Sequence[int]:
         """Token ids of a request's prompt."""
@@ -293,9 +495,9 @@ class _V2(ModelRunner):
         """(len(rows),) int64: the KV slot of each row's token at its place, from 0."""
         size = int(self._runner.block_tables.kernel_block_sizes[0])
         table: Tensor = self.tables[0]
-        where = torch.tensor(places, device=table.device)
-        blocks = table[torch.tensor(rows, device=table.device), where // size]
-        return blocks.long() * size + where % size
+        at, where = on_device([list(rows), list(places)], torch.int64, table.device)
+        slots: Tensor = table[at, where // size].long() * size + where % size
+        return slots
 
     def hidden(self, layer: int) -> Tensor:
         """(n_tokens, d_model): the residual stream before `layer`, of every token of this step."""
@@ -306,9 +508,9 @@ class _V2(ModelRunner):
         """(n_rows, d_model): likewise, of the last token of each row."""
         return self.hidden(layer)[self.batch.logits_indices.long()]
 
-    def last_token_again(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
-        """(len(rows), vocab) logits of the rows' last tokens, entered at `layer` with `hidden`."""
-        index = torch.tensor(rows, device=hidden.device)
+    def _last(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
+        """(len(rows), d_model): normed last states of the rows' last tokens, entered at `layer`."""
+        index = on_device(list(rows), torch.int64, hidden.device)
         seen = self.batch.seq_lens_cpu_upper_bound[list(rows)]
         table = self.tables[0][index].contiguous()
         return self._run(layer, hidden, self.batch.seq_lens[index], seen, table)
@@ -329,7 +531,8 @@ def attach_v1(runner: Any, guard: StepGuard) -> ModelRunner:
         state = runner.execute_model_state
         if output is None and state is not None:
             view.state = state
-            runner.execute_model_state = state._replace(logits=guard.step(view, state.logits))
+            if guard.begin(view):
+                runner.execute_model_state = state._replace(logits=guard.step(view, state.logits))
         return output
 
     runner.execute_model = guarded_execute_model
@@ -344,9 +547,9 @@ def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
     """
     if runner.lora_config is not None:
         raise UnsupportedModelError(
-            "--enable-lora is guarded on the V1 model runner only: unset VLLM_USE_V2_MODEL_RUNNER"
+            "--enable-lora is guarded on the V1 model runner only: set VLLM_USE_V2_MODEL_RUNNER=0"
         )
-    view = _V2(runner, guard.layers)
+    view = _V2(runner, guard.layers, guard.artifact.manifest.gate.layer)
     model = runner.get_model()
     execute_model, prepare_attn = runner.execute_model, runner.prepare_attn
     sample_tokens, sample = runner.sample_tokens, runner.sample
@@ -363,6 +566,7 @@ def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
                     _temperature(params),
                     _policy(params),
                 )
+        view.gate_passed = None
         return execute_model(scheduler_output, *args, **kwargs)
 
     def noting_prepare_attn(input_batch: Any) -> Any:
@@ -376,6 +580,8 @@ def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
         return sample_tokens(*args, **kwargs)
 
     def guarded_sample(*args: Any, **kwargs: Any) -> Any:
+        if not guard.begin(view):
+            return sample(*args, **kwargs)
         # `compute_logits` also serves prompt logprobs and dummy runs: it is ours only in here.
         compute_logits = model.compute_logits
         model.compute_logits = lambda hidden: guard.step(view, compute_logits(hidden))
@@ -392,11 +598,36 @@ def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
 
 
 def _follow(guard: StepGuard, view: ModelRunner, scheduler_output: Any) -> None:
-    """What the scheduler says before a step: requests that are over, blocks that are copied."""
+    """What the scheduler says before a step: requests that come and go, blocks that are copied."""
     guard.end(list(scheduler_output.finished_req_ids))
+    for new in scheduler_output.scheduled_new_reqs:
+        guard.renew(new.req_id, len(new.prompt_token_ids or ()))
     copies = getattr(scheduler_output, "kv_cache_block_copies", None)
     if copies:
         guard.copy_blocks([(c.src_block_id, c.dst_block_id) for c in copies], view.n_blocks)
+
+
+@contextmanager
+def _fused_kernels(modules: Any) -> Iterator[None]:
+    """Let layers that are called outside the compiled model use vLLM's own fused kernels.
+
+    vLLM tells them to be plain PyTorch, for a compiler to fuse: six kernels for each norm.
+    """
+    with ExitStack() as stack:
+        if next(modules.parameters()).is_cuda:
+            try:
+                from vllm import ir
+
+                for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
+                    stack.enter_context(op.set_priority(["vllm_c", "native"]))
+            except (ImportError, AttributeError):
+                pass  # another version: slower, and right
+            for module in modules.modules():
+                method = module.__dict__.get("_forward_method")
+                if method is not None and hasattr(module, "forward_cuda"):
+                    module.__dict__["_forward_method"] = module.forward_cuda
+                    stack.callback(module.__dict__.__setitem__, "_forward_method", method)
+        yield
 
 
 def _temperature(params: Any) -> float:
@@ -429,6 +660,22 @@ def _decoder(model: nn.Module) -> Any:
             f" {', '.join(wanted)}: this layer has no shadow pass yet"
         )
     return body
+
+
+def _halves_apart(logits: Tensor) -> Tensor:
+    """(n, vocab) float32: the second half of the rows minus the first."""
+    null, steered = logits.float().chunk(2)
+    # A token that cannot occur is −inf in both, and stays as it is.
+    return torch.where((null == steered) & torch.isinf(null), 0.0, steered - null)
+
+
+def _is_linear(model: nn.Module) -> bool:
+    """True if logits are the output matrix times the normed state, and nothing else."""
+    head: Any = getattr(model, "lm_head", None)
+    processor: Any = getattr(model, "logits_processor", None)
+    if head is None or processor is None or getattr(head, "bias", None) is not None:
+        return False
+    return getattr(processor, "soft_cap", None) is None
 
 
 def _ask_for_hidden_states(runner: Any, model: Any, layers: Sequence[int]) -> None:

@@ -24,6 +24,7 @@ __all__ = ["WorkerGuard"]
 _log = logging.getLogger("trimtab.vllm")
 
 _CANARY = "trimtab-canary"
+_GRAPHS_AGREE = 3.0  # times the rounding of one pass: null and steered rows round by themselves
 
 
 class WorkerGuard:
@@ -38,6 +39,7 @@ class WorkerGuard:
         guard: the guard of its steps.
         runner: which of vLLM's model runners it has, V1 or V2.
         readings: what the canary showed; empty until it ran.
+        graph_bytes: device memory that the captured shadow passes take.
 
     Raises:
         UnsupportedModelError: this model or runner cannot be guarded.
@@ -58,6 +60,7 @@ class WorkerGuard:
         self.runner = "V1" if is_v1 else "V2"
         self._view: ModelRunner = attach(runner, self.guard)
         self.readings: list[CanaryReading] = []
+        self.graph_bytes = 0
 
     @property
     def armed(self) -> bool:
@@ -77,6 +80,7 @@ class WorkerGuard:
                 "runner": self.runner,
                 "layers": self.guard.layers,
                 "running": len(self.guard.requests),
+                "graph_bytes": self.graph_bytes,
                 "canary": [asdict(reading) for reading in self.readings],
             }
         )
@@ -95,6 +99,7 @@ class WorkerGuard:
             NotArmedError: it does not work here; the message says what was seen.
         """
         self._view.check_cache()
+        self.graph_bytes = self._view.capture([carrier for _, carrier in self._carriers()])
         readings: list[CanaryReading] = []
 
         def look(runner: Runner, logits: Tensor) -> None:
@@ -102,11 +107,12 @@ class WorkerGuard:
             for reading in readings:
                 check_reading(reading)
 
+        self.guard.awake = self.guard.rehearsing = True
         self.guard.on_base = look
         try:
             steps = self._run_canary()
         finally:
-            self.guard.on_base = None
+            self.guard.on_base, self.guard.rehearsing = None, False
             self.guard.reset()
         if steps != 2 or not readings:
             raise NotArmedError(
@@ -117,26 +123,40 @@ class WorkerGuard:
         _log.info("rank %s is armed: %s", self._worker.rank, self.status())
 
     def _carriers(self) -> list[tuple[str, Any]]:
-        found = {"raise": self._artifact.raise_carrier, "lower": self._artifact.lower_carrier}
+        artifact = self.guard.artifact  # whose tensors are on the device
+        found = {"raise": artifact.raise_carrier, "lower": artifact.lower_carrier}
         return [(name, carrier) for name, carrier in found.items() if carrier is not None]
 
     def _try(self, runner: Runner, logits: Tensor, name: str, carrier: Any) -> CanaryReading:
         rows = list(range(logits.shape[0]))
         null = runner.last_hidden(carrier.layer)
         steered = carrier.apply(null.float()).to(null.dtype)
-        return compare(
+        reading = compare(
             name,
             carrier.layer,
             logits,
             runner.last_token_again(rows, carrier.layer, null.clone()),
             runner.last_token_again(rows, carrier.layer, steered),
         )
+        gap = self._view.graph_gap(carrier, rows, logits)
+        if not gap <= _GRAPHS_AGREE * reading.tolerance:
+            raise NotArmedError(
+                f"the captured shadow pass of the {name} carrier gives other logits than the same"
+                f" pass without CUDA graphs: off by {gap:.2g} standard deviations; start vLLM with"
+                " --enforce-eager"
+            )
+        return reading
 
     def _run_canary(self) -> int:
         """Run two short requests for two tokens each; return the steps the guard saw."""
+        from vllm import SamplingParams
         from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 
         prompts = self._prompts()
+        params = SamplingParams(temperature=0.0, max_tokens=2)
+        if self._worker.device.type == "cuda":  # its samplers compile what an option needs
+            params = SamplingParams.for_sampler_warmup()
+            params.prompt_logprobs = None
         size = self._view.n_slots // self._view.n_blocks
         names = [f"{_CANARY}-{i}" for i in range(len(prompts))]
         lengths = dict(zip(names, map(len, prompts), strict=True))
@@ -146,7 +166,7 @@ class WorkerGuard:
             n_blocks = -(-(len(prompt) + 2) // size)
             blocks = list(range(first, first + n_blocks))
             first += n_blocks
-            prefill.scheduled_new_reqs.append(_new_request(name, prompt, blocks))
+            prefill.scheduled_new_reqs.append(_new_request(name, prompt, blocks, params))
         if first > self._view.n_blocks:
             raise NotArmedError("the KV cache is too small for the canary; give vLLM more memory")
         prefill.num_scheduled_tokens = dict(lengths)
@@ -181,15 +201,14 @@ class WorkerGuard:
         return [ids * 2, ids] if len(ids) > 1 else [ids * 4, ids * 2]
 
 
-def _new_request(name: str, prompt: list[int], blocks: list[int]) -> Any:
-    from vllm import SamplingParams
+def _new_request(name: str, prompt: list[int], blocks: list[int], params: Any) -> Any:
     from vllm.v1.core.sched.output import NewRequestData
 
     return NewRequestData(
         req_id=name,
         prompt_token_ids=prompt,
         mm_features=[],
-        sampling_params=SamplingParams(temperature=0.0, max_tokens=2),
+        sampling_params=params,
         pooling_params=None,
         block_ids=(blocks,),
         num_computed_tokens=0,

@@ -18,6 +18,7 @@ from guard.gate import (
     probe_score,
     refusal_logit,
     refusal_probability,
+    undecided,
 )
 
 THRESHOLDS = Thresholds(raise_above=2.0, lower_below=-2.0)
@@ -77,3 +78,20 @@ def test_the_probe_is_a_dot_product_and_refusal_probability_a_weighted_sum() -> 
     assert p.item() == pytest.approx(0.625)
     assert refusal_logit(torch.tensor([0.5])).item() == pytest.approx(0.0)
     assert torch.isfinite(refusal_logit(torch.tensor([0.0, 1.0]))).all()
+
+
+@given(
+    score=st.floats(-5, 5),
+    refusal_prob=st.floats(0, 1),
+    raise_above=st.floats(-4, 4),
+    below=st.none() | st.floats(-4, 4),
+    allow_lower=st.booleans(),
+)
+def test_a_score_that_decides_by_itself_passes_whatever_the_refusal_probability(
+    score: float, refusal_prob: float, raise_above: float, below: float | None, allow_lower: bool
+) -> None:
+    thresholds = Thresholds(raise_above, below)
+    if not undecided(score, thresholds, allow_lower):
+        reading = GateReading(score, refusal_prob)
+        assert choose_zone(reading, thresholds, allow_lower) is Zone.PASS
+    assert undecided(float("nan"), thresholds, allow_lower)

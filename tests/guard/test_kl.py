@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from guard.errors import BudgetError, NumericsError
-from guard.kl import Ledger, kl_per_token, log_probs, mix_within_budget
+from guard.kl import Ledger, kl_per_token, log_probs, mix_rows, mix_within_budget
 
 LOGIT = st.one_of(
     st.floats(-60, 60, width=32),
@@ -132,3 +132,21 @@ def test_a_charge_above_the_allowance_is_an_error() -> None:
     with pytest.raises(BudgetError):
         ledger.charge(math.nan)
     assert ledger.spent_nats == 0.0
+
+
+def test_rows_are_mixed_around_their_base_and_a_broken_one_keeps_to_itself() -> None:
+    torch.manual_seed(0)
+    base, difference = torch.randn(3, 50), torch.randn(3, 50)
+    difference[1, 7] = math.nan
+    ones = torch.ones(3, dtype=torch.float64)
+    spare = torch.zeros(50)
+    moved = mix_rows(base, difference, ones * 0.1, ones, spare)
+    alone = mix_within_budget(base[[0, 2]], (base + difference)[[0, 2]], ones[:2] * 0.1)
+    assert torch.equal(moved.logits[[0, 2]], alone.logits)
+    assert torch.equal(moved.logits[1], spare)
+    assert moved.outcome[:, 2].tolist() == [0.0, 1.0, 0.0]
+    assert moved.outcome[[0, 2], 0].tolist() == alone.kl_nats.tolist()
+    assert float(moved.outcome[1, 0]) == 0.0
+    unsteered = mix_rows(base, torch.zeros(3, 50), ones, ones)
+    assert torch.equal(unsteered.logits, base)
+    assert not bool(unsteered.outcome.any())

@@ -1,0 +1,332 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""The guard's arithmetic on a GPU: a few Triton kernels without a word to the host.
+
+`mix_rows` is `guard.kl.mix_rows` over a grid of (row, piece of the vocabulary). Every launch sums
+its piece at the strength that the sums of the launch before imply; each program of a row adds those
+up by itself, in the same order, so no launch waits for another. Rows that are done do nothing.
+
+    extremes ─► sums at t = 1 ─► Newton × 12 ─► write row, KL in float64 ─► shrink if above ─► book
+
+The search works in float32 and only proposes: the row that is written is measured again in
+float64, from the very values that were written, and goes back toward the base row until it fits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from guard.kl import Moved
+
+__all__ = ["mix_rows", "score_tokens"]
+
+_CHUNK = 4096
+_SEARCHES = 12
+_SHRINKS = (1e-6, 1e-4, 1e-2)  # what is given up beyond the estimate where rounding went over
+_N_STATE, _N_SUMS = 8, 8
+
+# state: 0 t, 1 low, 2 KL(low), 3 high, 4 max base, 5 max target − max base, 6 log Z(0), 7 faulty
+
+
+@triton.jit
+def _load(base, difference, at, inside):
+    """One piece of a row: base logits, what to add to them, and where the row is broken."""
+    b = tl.load(base + at, mask=inside, other=float("-inf")).to(tl.float32)
+    d = tl.load(difference + at, mask=inside, other=0.0).to(tl.float32)
+    plus = float("inf")
+    return b, d, (b != b) | (d != d) | (b == plus) | (d == plus)
+
+
+@triton.jit
+def _extremes_kernel(
+    base, base_row, difference, difference_row, temperature, sums, vocab, n_chunks,
+    CHUNK: tl.constexpr, N_SUMS: tl.constexpr,
+):  # fmt: skip
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = at < vocab
+    b, d, broken = _load(base + row * base_row, difference + row * difference_row, at, inside)
+    scale = 1.0 / tl.load(temperature + row)
+    possible = inside & (b != float("-inf"))
+    target = tl.where(possible, b + d, float("-inf"))
+    out = sums + (row * n_chunks + chunk) * N_SUMS
+    # masked, for a NaN must not reach the maxima: the row is given up anyway
+    tl.store(out, tl.max(tl.where(possible & ~broken, b, -1e30), 0).to(tl.float64) * scale)
+    tl.store(out + 1, tl.max(tl.where(possible & ~broken, target, -1e30), 0).to(tl.float64) * scale)
+    tl.store(out + 2, tl.max(broken.to(tl.int32), 0).to(tl.float64))
+
+
+@triton.jit
+def _column(sums, row, n_chunks, column, empty, CHUNKS: tl.constexpr, N_SUMS: tl.constexpr):
+    """One number of every piece of a row."""
+    i = tl.arange(0, CHUNKS)
+    return tl.load(
+        sums + (row * n_chunks + i) * N_SUMS + column, mask=i < n_chunks, other=empty
+    )  # fmt: skip
+
+
+@triton.jit
+def _advance(sums, state, row, n_chunks, cap, log_base, CHUNKS: tl.constexpr, N_SUMS: tl.constexpr):
+    """Read KL(t) off the last sums and move the bracket: low fits, high does not."""
+    t, low, low_kl = tl.load(state), tl.load(state + 1), tl.load(state + 2)
+    high, faulty = tl.load(state + 3), tl.load(state + 7)
+    searching = (low < 1.0) & (low_kl < cap * (1.0 - 1e-4)) & (high - low > 1e-9) & (faulty == 0)
+    if searching & (cap > 0.0):
+        total = tl.sum(_column(sums, row, n_chunks, 0, 0.0, CHUNKS, N_SUMS), 0)
+        mean = tl.sum(_column(sums, row, n_chunks, 1, 0.0, CHUNKS, N_SUMS), 0)
+        square = tl.sum(_column(sums, row, n_chunks, 2, 0.0, CHUNKS, N_SUMS), 0)
+        safe = tl.maximum(total, 1e-300)
+        mean = mean / safe
+        slope = t * tl.maximum(square / safe - mean * mean, 0.0)
+        kl = tl.maximum(t * mean - tl.log(safe) + log_base, 0.0)
+        kl = tl.where(total > 0.0, kl, float("inf"))
+        fits = kl <= cap
+        low_kl = tl.where(fits, kl, low_kl)
+        low = tl.where(fits, t, low)
+        high = tl.where(fits, high, t)
+        root = tl.sqrt(kl)
+        # sqrt(KL) is nearly straight in t
+        newton = t + (tl.sqrt(cap * (1.0 - 0.5e-4)) - root) * 2.0 * root / tl.maximum(slope, 1e-300)
+        t = tl.where((newton > low) & (newton < high), newton, 0.5 * (low + high))
+        searching = (low < 1.0) & (low_kl < cap * (1.0 - 1e-4)) & (high - low > 1e-9)
+    return t, low, low_kl, high, searching & (cap > 0.0)
+
+
+@triton.jit
+def _search_kernel(
+    base, base_row, difference, difference_row, temperature, budget,
+    sums, sums_next, state, state_next, vocab, n_chunks,
+    STEP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    N_SUMS: tl.constexpr, N_STATE: tl.constexpr,
+):  # fmt: skip
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    state, state_next = state + row * N_STATE, state_next + row * N_STATE
+    cap = tl.load(budget + row)
+    if STEP == 0:  # the largest strength first
+        top = tl.max(_column(sums, row, n_chunks, 0, -1e300, CHUNKS, N_SUMS), 0)
+        shift = tl.max(_column(sums, row, n_chunks, 1, -1e300, CHUNKS, N_SUMS), 0) - top
+        faulty = tl.max(_column(sums, row, n_chunks, 2, 0.0, CHUNKS, N_SUMS), 0)
+        faulty = tl.where(top > -1e29, faulty, 1.0)  # no possible token
+        log_base = top * 0.0
+        low, low_kl = top * 0.0, top * 0.0
+        t, high = low + 1.0, low + 1.0
+        go = (cap > 0.0) & (faulty == 0)
+    else:
+        top, shift = tl.load(state + 4), tl.load(state + 5)
+        log_base, faulty = tl.load(state + 6), tl.load(state + 7)
+        if STEP == 1:  # log Z(0) is known now
+            total = tl.sum(_column(sums, row, n_chunks, 3, 0.0, CHUNKS, N_SUMS), 0)
+            log_base = tl.log(tl.maximum(total, 1e-300))
+        t, low, low_kl, high, go = _advance(
+            sums, state, row, n_chunks, cap, log_base, CHUNKS, N_SUMS
+        )
+    if chunk == 0:
+        tl.store(state_next, t)
+        tl.store(state_next + 1, low)
+        tl.store(state_next + 2, low_kl)
+        tl.store(state_next + 3, high)
+        tl.store(state_next + 4, top)
+        tl.store(state_next + 5, shift)
+        tl.store(state_next + 6, log_base)
+        tl.store(state_next + 7, faulty)
+    if go:
+        at = chunk * CHUNK + tl.arange(0, CHUNK)
+        inside = at < vocab
+        b, d, _broken = _load(base + row * base_row, difference + row * difference_row, at, inside)
+        scale = (1.0 / tl.load(temperature + row)).to(tl.float32)
+        b = b * scale - top.to(tl.float32)
+        d = d * scale - shift.to(tl.float32)
+        possible = inside & (b != float("-inf"))
+        # max(b + t·d) ≤ 0 for every t in [0, 1], so nothing overflows
+        weight = tl.where(possible, tl.exp(b + t.to(tl.float32) * d), 0.0)
+        reach = tl.where(weight > 0.0, d, 0.0)
+        out = sums_next + (row * n_chunks + chunk) * N_SUMS
+        tl.store(out, tl.sum(weight, 0).to(tl.float64))
+        tl.store(out + 1, tl.sum(weight * reach, 0).to(tl.float64))
+        tl.store(out + 2, tl.sum(weight * reach * reach, 0).to(tl.float64))
+        if STEP == 0:
+            tl.store(out + 3, tl.sum(tl.where(possible, tl.exp(b), 0.0), 0).to(tl.float64))
+
+
+@triton.jit
+def _written_kl(sums, row, n_chunks, t, CHUNKS: tl.constexpr, N_SUMS: tl.constexpr):
+    """KL(written row ‖ base row), nats, from float64 sums; 0 for the base row itself."""
+    mixed = tl.sum(_column(sums, row, n_chunks, 0, 0.0, CHUNKS, N_SUMS), 0)
+    moved = tl.sum(_column(sums, row, n_chunks, 1, 0.0, CHUNKS, N_SUMS), 0)
+    base = tl.sum(_column(sums, row, n_chunks, 2, 0.0, CHUNKS, N_SUMS), 0)
+    kl = moved / mixed - tl.log(mixed) + tl.log(base)
+    kl = tl.where(mixed > 0.0, tl.maximum(kl, 0.0), float("inf"))
+    return tl.where(t == 0.0, 0.0, kl)
+
+
+@triton.jit
+def _write_kernel(
+    base, base_row, difference, difference_row, temperature, budget, spare,
+    sums, sums_next, state, state_next, mixed, mixed_row, vocab, n_chunks, shrink,
+    FIRST: tl.constexpr, SPARE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    N_SUMS: tl.constexpr, N_STATE: tl.constexpr,
+):  # fmt: skip
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    state, state_next = state + row * N_STATE, state_next + row * N_STATE
+    cap = tl.load(budget + row)
+    top, shift, faulty = tl.load(state + 4), tl.load(state + 5), tl.load(state + 7)
+    if FIRST:
+        log_base = tl.load(state + 6)
+        _at, t, _low_kl, _high, _go = _advance(
+            sums, state, row, n_chunks, cap, log_base, CHUNKS, N_SUMS
+        )
+        t = tl.where((faulty == 0) & (cap > 0.0), t, 0.0)
+        go = row >= 0
+    else:
+        t = tl.load(state)
+        kl = _written_kl(sums, row, n_chunks, t, CHUNKS, N_SUMS)
+        go = kl > cap
+        back = tl.sqrt(cap / tl.maximum(kl, 1e-300)) * (1.0 - shrink)  # KL is nearly square in t
+        t = tl.where(go, t * back, t)
+    if chunk == 0:
+        tl.store(state_next, t)
+        tl.store(state_next + 4, top)
+        tl.store(state_next + 5, shift)
+        tl.store(state_next + 7, faulty)
+    out = sums_next + (row * n_chunks + chunk) * N_SUMS
+    if go:
+        at = chunk * CHUNK + tl.arange(0, CHUNK)
+        inside = at < vocab
+        b, d, _broken = _load(base + row * base_row, difference + row * difference_row, at, inside)
+        m = tl.where(b == float("-inf"), b, b + t.to(tl.float32) * d)
+        m = tl.where(t == 0.0, b, m)
+        if SPARE:
+            m = tl.where(faulty > 0, tl.load(spare + at, mask=inside, other=0.0), m)
+        tl.store(mixed + row * mixed_row + at, m, mask=inside)
+        scale = 1.0 / tl.load(temperature + row)
+        m64 = m.to(tl.float64) * scale
+        b64 = b.to(tl.float64) * scale
+        possible = inside & (b != float("-inf"))
+        weight = tl.where(possible, tl.exp(m64 - (top + t * shift)), 0.0)
+        moved = tl.where(weight > 0.0, m64 - t * shift - b64, 0.0)
+        tl.store(out, tl.sum(weight, 0))
+        tl.store(out + 1, tl.sum(weight * moved, 0))
+        tl.store(out + 2, tl.sum(tl.where(possible, tl.exp(b64 - top), 0.0), 0))
+        best = tl.max(tl.where(inside, m, float("-inf")), 0)
+        tl.store(out + 3, best.to(tl.float64))
+        tl.store(out + 4, tl.min(tl.where(inside & (m == best), at, vocab), 0).to(tl.float64))
+        best = tl.max(tl.where(inside, b, float("-inf")), 0)
+        tl.store(out + 5, best.to(tl.float64))
+        tl.store(out + 6, tl.min(tl.where(inside & (b == best), at, vocab), 0).to(tl.float64))
+    else:
+        i = tl.arange(0, N_SUMS)
+        tl.store(out + i, tl.load(sums + (row * n_chunks + chunk) * N_SUMS + i))
+
+
+@triton.jit
+def _book_kernel(
+    base, base_row, budget, sums, state, mixed, mixed_row, outcome, vocab, n_chunks,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, N_SUMS: tl.constexpr, N_STATE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    t, faulty = tl.load(state + row * N_STATE), tl.load(state + row * N_STATE + 7)
+    kl = _written_kl(sums, row, n_chunks, t, CHUNKS, N_SUMS)
+    above = (kl > tl.load(budget + row)) | (kl != kl)
+    best = _column(sums, row, n_chunks, 3, float("-inf"), CHUNKS, N_SUMS)
+    token = _column(sums, row, n_chunks, 4, 0.0, CHUNKS, N_SUMS)
+    chosen = tl.min(tl.where(best == tl.max(best, 0), token, 1e18), 0)
+    best = _column(sums, row, n_chunks, 5, float("-inf"), CHUNKS, N_SUMS)
+    token = _column(sums, row, n_chunks, 6, 0.0, CHUNKS, N_SUMS)
+    before = tl.min(tl.where(best == tl.max(best, 0), token, 1e18), 0)
+    if above & (faulty == 0):  # nothing but the base row is left that surely fits
+        for chunk in range(CHUNKS):
+            at = chunk * CHUNK + tl.arange(0, CHUNK)
+            b = tl.load(base + row * base_row + at, mask=at < vocab).to(tl.float32)
+            tl.store(mixed + row * mixed_row + at, b, mask=at < vocab)
+    moved = ~above & (faulty == 0)
+    tl.store(outcome + row * 3, tl.where(moved, kl, 0.0))
+    tl.store(outcome + row * 3 + 1, tl.where(moved & (chosen != before), 1.0, 0.0))
+    tl.store(outcome + row * 3 + 2, tl.where(faulty > 0, 1.0, 0.0))
+
+
+def mix_rows(
+    base_logits: Tensor,
+    difference: Tensor,
+    budget_nats: Tensor,
+    temperature: Tensor,
+    spare: Tensor | None = None,
+    out: Moved | None = None,
+) -> Moved:
+    """`guard.kl.mix_rows` on a GPU, without a synchronisation; it can be captured in a CUDA graph.
+
+    Args:
+        base_logits: (n_rows, vocab), any float type, contiguous along the vocabulary.
+        difference: (n_rows, vocab), likewise: steered − null logits.
+        budget_nats: (n_rows,) float64, ≥ 0.
+        temperature: (n_rows,) float64, > 0.
+        spare: (vocab,) float32 for rows that cannot be computed; None: their base row.
+        out: where to put the result.
+    """
+    n_rows, vocab = base_logits.shape
+    device = base_logits.device
+    moved = out or Moved(
+        torch.empty(n_rows, vocab, device=device),
+        torch.empty(n_rows, 3, dtype=torch.float64, device=device),
+    )
+    n_chunks = triton.cdiv(vocab, _CHUNK)
+    sums = torch.empty(2, n_rows, n_chunks, _N_SUMS, dtype=torch.float64, device=device)
+    state = torch.zeros(2, n_rows, _N_STATE, dtype=torch.float64, device=device)
+    sizes = {"CHUNK": _CHUNK, "N_SUMS": _N_SUMS}
+    more = {**sizes, "CHUNKS": triton.next_power_of_2(n_chunks), "N_STATE": _N_STATE}
+    grid = (n_rows, n_chunks)
+    rows = (base_logits, base_logits.stride(0), difference, difference.stride(0))
+    _extremes_kernel[grid](*rows, temperature, sums[0], vocab, n_chunks, **sizes)
+    now = 0
+    for step in range(_SEARCHES):
+        then = 1 - now
+        _search_kernel[grid](
+            *rows, temperature, budget_nats, sums[now], sums[then], state[now], state[then],
+            vocab, n_chunks, STEP=min(step, 2), num_warps=8, **more,
+        )  # fmt: skip
+        now = then
+    for i, shrink in enumerate((0.0, *_SHRINKS)):
+        then = 1 - now
+        _write_kernel[grid](
+            *rows, temperature, budget_nats, spare if spare is not None else moved.logits,
+            sums[now], sums[then], state[now], state[then],
+            moved.logits, moved.logits.stride(0), vocab, n_chunks, shrink,
+            FIRST=i == 0, SPARE=spare is not None, num_warps=8, **more,
+        )  # fmt: skip
+        now = then
+    _book_kernel[(n_rows,)](
+        base_logits, base_logits.stride(0), budget_nats, sums[now], state[now],
+        moved.logits, moved.logits.stride(0), moved.outcome, vocab, n_chunks, **more,
+    )  # fmt: skip
+    return moved
+
+
+@triton.jit
+def _score_kernel(hidden, row_stride, weight, bias, slots, scores, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    values = tl.load(hidden + row * row_stride + at, mask=inside, other=0.0).to(tl.float32)
+    score = tl.sum(values * tl.load(weight + at, mask=inside, other=0.0), 0) + bias
+    slot = tl.load(slots + row)
+    tl.store(scores + slot, score, mask=slot >= 0)
+
+
+def score_tokens(
+    hidden: Tensor, weight: Tensor, bias: float, slots: Tensor, scores: Tensor
+) -> None:
+    """Write every token's probe score, hidden · weight + bias, to its slot: one launch.
+
+    Args:
+        hidden: (n_tokens, d_model).
+        weight: (d_model,) float32.
+        bias: a number.
+        slots: (n_tokens,) int64; negative ones are left out.
+        scores: (n_slots,) float32, written.
+    """
+    n, width = hidden.shape
+    block = triton.next_power_of_2(width)
+    _score_kernel[(n,)](
+        hidden, hidden.stride(0), weight, bias, slots, scores, width, BLOCK=block, num_warps=4
+    )
