@@ -61,9 +61,10 @@ test-vllm: setup-vllm model
 demo: model
 	$(BIN)/python -m examples.demo
 
+# HARMBENCH=harmbench_text_val.csv adds refusals on HarmBench, with the guard that `make demo` made.
 bench: model
 	$(BIN)/python -m benchmarks.calibration_sweep --json --out build/calibration_sweep.json
-	$(BIN)/python -m benchmarks.harmbench --json --out build/harmbench.json $(if $(HARMBENCH),--prompts $(HARMBENCH))
+	$(if $(HARMBENCH),$(BIN)/python -m benchmarks.harmbench --json --out build/harmbench.json --prompts $(HARMBENCH))
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

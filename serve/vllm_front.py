@@ -77,7 +77,7 @@ class Front:
         Raises:
             NotArmedError: one is not.
         """
-        if self._task is None:
+        if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._work())
         if self._armed:
             return
@@ -119,12 +119,14 @@ class Front:
 
     async def _work(self) -> None:
         await self.ensure_armed()
-        while not self._engine.errored:
-            await asyncio.sleep(_DRAIN_SECONDS)
-            if self._ended:
-                await self._drain()
-        self._armed = False
-        self.metrics.set_armed(False)
+        try:
+            while not self._engine.errored:
+                await asyncio.sleep(_DRAIN_SECONDS)
+                if self._ended:
+                    await self._drain()
+        finally:  # a dead engine fails the drain: the gauge must not go on saying "armed"
+            self._armed = False
+            self.metrics.set_armed(False)
 
     async def _drain(self) -> None:
         ended, self._ended = self._ended, {}
