@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -25,11 +26,12 @@ _REGULARISATION = (1e-4, 1e-3, 1e-2)
 
 @dataclass(frozen=True)
 class Labelled:
-    """Prompts with their hidden states at the last instruction token.
+    """Prompts with their hidden states at the end.
 
     Attributes:
         prompts: n prompts.
-        hidden: (n, n_layers, d_model) resid_pre.
+        hidden: (n, n_positions, n_layers, d_model) resid_pre: at the last instruction token, then
+            at the post-instruction tokens.
     """
 
     prompts: Sequence[Prompt]
@@ -49,35 +51,46 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Probe:
-    """A logistic probe on one layer.
+    """A logistic probe on one layer and token.
 
     Attributes:
         layer: whose input it reads.
+        position: 0 is the last instruction token, k the k-th post-instruction token.
         weight: (d_model,) float32.
         bias: added to the product.
         validation_auroc: harmful against hard benign, on the validation split.
     """
 
     layer: int
+    position: int
     weight: Tensor
     bias: float
     validation_auroc: float
 
     def scores(self, data: Labelled) -> Tensor:
         """(n,) logits, higher is more harmful."""
-        return probe_score(data.hidden[:, self.layer], self.weight, self.bias)
+        return probe_score(data.hidden[:, self.position, self.layer], self.weight, self.bias)
 
 
-def fit_probe(train: Labelled, validation: Labelled, layers: Sequence[int], seed: int) -> Probe:
-    """Fit a probe on each layer and keep the one that tells harmful from hard benign best.
+def fit_probe(
+    train: Labelled,
+    validation: Labelled,
+    layers: Sequence[int],
+    positions: Sequence[int],
+    seed: int,
+) -> Probe:
+    """Fit a probe at each layer and position; keep what tells harmful from hard benign best.
 
     The three groups (harmful, ordinary benign, hard benign) weigh the same in training, and a
     matched pair is always on one side of a split, so style carries as little as the data allows.
+    The last instruction token is often a full stop or a question mark, and a probe that reads it
+    fails on prompts without one; the template's tokens behind it are the same for every prompt.
 
     Args:
         train: prompts that the weights are fitted on.
         validation: prompts that layer and regularisation are chosen on.
         layers: candidates.
+        positions: candidates, as in `Labelled`.
         seed: of the solver.
     """
     weights = _balanced(train)
@@ -87,20 +100,21 @@ def fit_probe(train: Labelled, validation: Labelled, layers: Sequence[int], seed
     if not bool(negative.any()):
         negative = validation.mask("benign")
     best: Probe | None = None
-    for layer in layers:
-        features = train.hidden[:, layer].float().numpy()
+    for position, layer in product(positions, layers):
+        features = train.hidden[:, position, layer].float().numpy()
         for c in _REGULARISATION:
             model = make_pipeline(
                 StandardScaler(), LogisticRegression(C=c, max_iter=500, random_state=seed)
             )
             model.fit(features, labels, logisticregression__sample_weight=weights)
             weight, bias = _unscaled(model)
-            scores = probe_score(validation.hidden[:, layer], weight, bias)
+            probe = Probe(layer, position, weight, bias, 0.0)
+            scores = probe.scores(validation)
             area = float((scores[positive][:, None] > scores[negative][None]).float().mean())
             if best is None or area > best.validation_auroc:
-                best = Probe(layer, weight, bias, area)
+                best = replace(probe, validation_auroc=area)
     if best is None:
-        raise InputError("the probe needs at least one layer")
+        raise InputError("the probe needs at least one layer and position")
     return best
 
 

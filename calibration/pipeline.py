@@ -246,21 +246,21 @@ def calibrate_subject(
     progress.stage("capture hidden states", len(prompts))
     n_suffix = len(subject.suffix_ids)
     captured: dict[str, Labelled] = {}
-    suffix = torch.empty(0)
     for name in ("train", "validation", "calibration", "test"):
         group = getattr(splits, name)
-        keep = n_suffix if name == "train" else 0
-        hidden, states = capture_hidden(
-            subject, group, n_layers, keep, config.batch_size, work, name, progress
+        instruction, post = capture_hidden(
+            subject, group, n_layers, n_suffix, config.batch_size, work, name, progress
         )
+        hidden = torch.cat([instruction.unsqueeze(1), post.transpose(1, 2)], 1)
         captured[name] = Labelled(group, hidden)
-        suffix = states if name == "train" else suffix
     clock.lap("capture")
 
     # Who is flagged?
     progress.stage("fit gate", None)
     middle = range(max(1, n_layers // 4), max(2, (3 * n_layers) // 4 + 1))
-    probe = fit_probe(captured["train"], captured["validation"], middle, config.seed)
+    # What follows the probe's token must tell where it is: at least two tokens of the template.
+    positions = range(max(1, n_suffix - 1))
+    probe = fit_probe(captured["train"], captured["validation"], middle, positions, config.seed)
     thresholds = fit_thresholds(probe, captured["calibration"], config.alpha, config.delta)
     if thresholds.note:
         notes.append(thresholds.note)
@@ -268,6 +268,7 @@ def calibrate_subject(
 
     # Which directions modulate refusal, at equal KL on safe prompts?
     train = captured["train"]
+    suffix = train.hidden[:, 1:].transpose(1, 2)  # (n, n_layers, n_suffix, d_model)
     candidates = difference_in_means(
         suffix[train.mask("harmful")], suffix[train.mask("benign", "ordinary")]
     )
@@ -550,7 +551,7 @@ class _Draft:
         gate = GateSpec(
             layer=self.probe.layer,
             bias=self.probe.bias,
-            instruction_suffix_ids=self.subject.suffix_ids,
+            instruction_suffix_ids=self.subject.suffix_ids[self.probe.position :],
             raise_above=fit.raise_above,
             lower_below=lower_below,
             raise_if_refusal_below=_RAISE_IF_REFUSAL_BELOW,

@@ -67,7 +67,7 @@ def tables(artifact: CarrierArtifact) -> list[Table]:
             f" α = {gate.alpha:g}",
         ),
         ("lower", lower),
-        ("probe", f"input of layer {gate.layer}, last instruction token"),
+        ("probe", f"input of layer {gate.layer}, prompt position {gate.position}"),
         ("calibrated on", n_prompts),
         ("guarantee", gate.guarantee),
         *_measured(gate.measurements),

@@ -117,10 +117,15 @@ class CarrierSpec(_Frozen):
 class GateSpec(_Frozen):
     """The probe, its thresholds and what they promise."""
 
+    @property
+    def position(self) -> int:
+        """Where the probe reads a prompt, from the end; −1 is the last token."""
+        return -1 - len(self.instruction_suffix_ids)
+
     layer: int = Field(ge=0)
     bias: _Finite
     instruction_suffix_ids: list[int] = Field(
-        description="template tokens after the instruction; the probe reads the token before them"
+        description="template tokens at the end of a prompt; the probe reads the token before them"
     )
     raise_above: _Finite
     lower_below: _Finite | None

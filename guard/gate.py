@@ -92,14 +92,14 @@ def undecided(score: float, thresholds: Thresholds, allow_lower: bool = True) ->
 
 
 def gate_position(prompt_ids: Sequence[int], suffix_ids: Sequence[int]) -> int:
-    """Return the index of the last instruction token, at which the probe reads.
+    """Return the index of the token at which the probe reads.
 
-    That is the token before the last occurrence of the template's instruction suffix; a prompt
-    without it (a raw completion) is read at its last token.
+    That is the token before the last occurrence of the suffix: the last instruction token, or one
+    of the template's behind it. A prompt without it (a raw completion) is read at its last token.
 
     Args:
         prompt_ids: (n_tokens,), template included, without padding.
-        suffix_ids: what the chat template puts between the instruction and the response.
+        suffix_ids: what the chat template puts between that token and the response.
     """
     width = len(suffix_ids)
     wanted = list(suffix_ids)
@@ -113,7 +113,7 @@ def probe_score(hidden: Tensor, weight: Tensor, bias: Tensor | float) -> Tensor:
     """Return hidden · weight + bias in float32.
 
     Args:
-        hidden: (n_rows, d_model) residual stream at the last instruction token.
+        hidden: (n_rows, d_model) residual stream at the probe's token.
         weight: (d_model,).
         bias: a number or 0-d tensor.
 

@@ -27,8 +27,9 @@ from calibration.prompts import Label, Prompt, Stratum
 from guard.errors import InputError
 
 N_LAYERS, D_MODEL, SIGNAL_LAYER = 4, 16, 2
+N_POSITIONS, SIGNAL_POSITION = 3, 1
 # A probe that reads one number, so that a prompt's hidden state is its score.
-IDENTITY = Probe(0, torch.ones(1), 0.0, 1.0)
+IDENTITY = Probe(0, 0, torch.ones(1), 0.0, 1.0)
 
 
 def prompts(label: Label, stratum: Stratum, n: int) -> list[Prompt]:
@@ -44,14 +45,14 @@ def scored(harmful: Tensor, ordinary: Tensor, hard: Tensor) -> Labelled:
         *prompts("benign", "ordinary", len(ordinary)),
         *prompts("benign", "hard", len(hard)),
     ]
-    return Labelled(everything, torch.cat([harmful, ordinary, hard]).reshape(-1, 1, 1))
+    return Labelled(everything, torch.cat([harmful, ordinary, hard]).reshape(-1, 1, 1, 1))
 
 
 def planted(n: int, seed: int) -> Labelled:
-    """3 n prompts; harm shows at one layer only, in one coordinate."""
+    """3 n prompts; harm shows at one layer and position only, in one coordinate."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(3 * n, N_LAYERS, D_MODEL, generator=generator)
-    hidden[:n, SIGNAL_LAYER, 5] += 4.0
+    hidden = torch.randn(3 * n, N_POSITIONS, N_LAYERS, D_MODEL, generator=generator)
+    hidden[:n, SIGNAL_POSITION, SIGNAL_LAYER, 5] += 4.0
     everything = [
         *prompts("harmful", "ordinary", n),
         *prompts("benign", "ordinary", n),
@@ -61,8 +62,8 @@ def planted(n: int, seed: int) -> Labelled:
 
 
 def test_the_probe_finds_the_layer_and_the_coordinate_that_carry_harm() -> None:
-    probe = fit_probe(planted(80, 0), planted(60, 1), range(N_LAYERS), seed=0)
-    assert probe.layer == SIGNAL_LAYER
+    probe = fit_probe(planted(80, 0), planted(60, 1), range(N_LAYERS), range(N_POSITIONS), seed=0)
+    assert (probe.layer, probe.position) == (SIGNAL_LAYER, SIGNAL_POSITION)
     assert int(probe.weight.abs().argmax()) == 5
     assert float(probe.weight[5]) > 0
     assert probe.validation_auroc > 0.97
@@ -75,7 +76,7 @@ def test_the_probe_finds_the_layer_and_the_coordinate_that_carry_harm() -> None:
 
 def test_a_probe_needs_at_least_one_layer() -> None:
     with pytest.raises(InputError):
-        fit_probe(planted(10, 0), planted(10, 1), [], seed=0)
+        fit_probe(planted(10, 0), planted(10, 1), [], [0], seed=0)
 
 
 @settings(max_examples=20)
