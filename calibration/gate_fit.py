@@ -21,7 +21,7 @@ from guard.gate import conformal_lower, conformal_upper, probe_score
 
 __all__ = ["Labelled", "Probe", "ThresholdFit", "fit_probe", "fit_thresholds", "gate_measurements"]
 
-_REGULARISATION = (1e-4, 1e-3, 1e-2)
+_REGULARISATION = (1e-3, 1e-2, 3e-2, 1e-1)
 
 
 @dataclass(frozen=True)
