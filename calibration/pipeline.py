@@ -79,6 +79,7 @@ _RAISE_IF_REFUSAL_BELOW = 0.9
 _LOWER_IF_REFUSAL_ABOVE = 0.1
 _CONFIRMED = 3
 _LAYERS_APART = 2
+_LAYERS_TRIED = 12
 _CONFIRM_SCALES = (1.0, 2.0)
 _DOSES = torch.tensor([0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0])
 
@@ -446,12 +447,12 @@ def choose(
             f"{sign}: layer {layer}, position {effect.candidate.position}: shift {effect.shift}"
             f" {'admissible' if admission.admissible else 'not admissible'}"
         )
-        if len(admitted) == _CONFIRMED:
+        if len(admitted) == _CONFIRMED or len(tried) == _LAYERS_TRIED:
             break
     if not admitted:
         return None, (
-            f"the best {sign} candidate of none of {len(tried)} layers is admissible;"
-            f" the best of all {tried[0].why_not}"
+            f"no {sign} candidate is admissible: tried the best of each of the {len(tried)} best"
+            f" layers; the first {tried[0].why_not}"
         )
     prompts, base = draft.targets(bench, sign)
     trials = [
