@@ -192,6 +192,7 @@ class _Exchange:
         self._returned: deque[tuple[int, TokenStep]] = deque()
         self._arrivals: asyncio.Queue[tuple[int, TokenStep | None]] = asyncio.Queue()
         self._unfinished = set(range(len(requests)))
+        self._begun: set[int] = set()
         self._open = len(requests)
         self._tasks = [
             asyncio.create_task(self._run(i, request)) for i, request in enumerate(requests)
@@ -207,6 +208,7 @@ class _Exchange:
                 if unrecorded:
                     self._metrics.observe(None)
                     unrecorded = False
+                self._begun.add(index)
                 self._arrivals.put_nowait((index, step))
         finally:
             if isinstance(steps, AsyncGenerator):
@@ -244,8 +246,10 @@ class _Exchange:
             GuardError: the engine refused one of the generations.
         """
         first = await self.next()
-        for task in self._tasks:  # a full queue refuses some choices at once, not all
-            if task.done():
+        for index, task in enumerate(self._tasks):
+            # A full queue refuses some choices at once, not all. One that has begun and failed
+            # since fails in its turn, however late this is looked at.
+            if task.done() and index not in self._begun:
                 task.result()
         if first is not None:
             self._returned.append(first)
