@@ -7,7 +7,9 @@ STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
-VLLM_TESTS := $(wildcard tests/serve/test_vllm_*.py)
+# The GPU's kernels run in Triton's interpreter here, which has to be asked for before the start.
+KERNEL_TESTS := tests/serve/test_vllm_kernels.py
+VLLM_TESTS := $(filter-out $(KERNEL_TESTS),$(wildcard tests/serve/test_vllm_*.py))
 
 .PHONY: setup setup-vllm model prometheus lint type test test-vllm fast demo bench clean
 
@@ -52,9 +54,11 @@ fast: setup
 # The suite, then what needs real vLLM, each in its own environment; pytest closes both with a line.
 test: setup setup-vllm model prometheus
 	$(BIN)/python -m pytest -q -m "not vllm"
+	TRITON_INTERPRET=1 $(VLLM_BIN)/python -m pytest -q $(KERNEL_TESTS)
 	$(VLLM_BIN)/python -m pytest -q -m vllm $(VLLM_TESTS)
 
 test-vllm: setup-vllm model
+	TRITON_INTERPRET=1 $(VLLM_BIN)/python -m pytest -q $(KERNEL_TESTS)
 	$(VLLM_BIN)/python -m pytest -q -m vllm $(VLLM_TESTS)
 
 # Calibrate, serve, ask, look at the metrics: everything lands in build/demo.
