@@ -17,7 +17,7 @@ from guard.artifact import CarrierArtifact, Interval
 from guard.gate import (
     GateReading,
     Zone,
-    gate_position,
+    gate_positions,
     probe_score,
     refusal_probability,
 )
@@ -55,9 +55,12 @@ def read_gate(
     step = subject.prefill(prompts, [gate.layer])
     hidden = step.resid_pre[gate.layer]
     width = hidden.shape[1]
-    index = [width - len(ids) + gate_position(ids, gate.instruction_suffix_ids) for ids in prompts]
-    rows = hidden[torch.arange(len(prompts)), torch.tensor(index)].cpu()
-    scores = probe_score(rows, artifact.probe_weight, gate.bias).tolist()
+    places = torch.tensor(
+        [gate_positions(ids, gate.instruction_suffix_ids, gate.n_pooled) for ids in prompts]
+    )
+    places += torch.tensor([[width - len(ids)] for ids in prompts])  # padded on the left
+    read = hidden[torch.arange(len(prompts)).unsqueeze(1), places].cpu()
+    scores = probe_score(read, artifact.probe_weight, gate.bias).mean(1).tolist()
     refusals = refusal_probability(
         step.logits.cpu(), artifact.refusal_token_ids, artifact.refusal_token_weights
     ).tolist()

@@ -19,7 +19,15 @@ from guard.artifact import Interval
 from guard.errors import InputError
 from guard.gate import conformal_lower, conformal_upper, probe_score
 
-__all__ = ["Labelled", "Probe", "ThresholdFit", "fit_probe", "fit_thresholds", "gate_measurements"]
+__all__ = [
+    "Labelled",
+    "Probe",
+    "ThresholdFit",
+    "fit_probe",
+    "fit_thresholds",
+    "gate_measurements",
+    "probe_windows",
+]
 
 _REGULARISATION = (1e-3, 1e-2, 3e-2, 1e-1)
 
@@ -55,42 +63,40 @@ class Probe:
 
     Attributes:
         layer: whose input it reads.
-        position: 0 is the last instruction token, k the k-th post-instruction token.
+        window: the token positions whose hidden states are averaged, as in `Labelled`.
         weight: (d_model,) float32.
         bias: added to the product.
         validation_auroc: harmful against hard benign, on the validation split.
     """
 
     layer: int
-    position: int
+    window: tuple[int, ...]
     weight: Tensor
     bias: float
     validation_auroc: float
 
     def scores(self, data: Labelled) -> Tensor:
         """(n,) logits, higher is more harmful."""
-        return probe_score(data.hidden[:, self.position, self.layer], self.weight, self.bias)
+        return probe_score(_pooled(data, self.window, self.layer), self.weight, self.bias)
 
 
 def fit_probe(
     train: Labelled,
     validation: Labelled,
     layers: Sequence[int],
-    positions: Sequence[int],
+    windows: Sequence[tuple[int, ...]],
     seed: int,
 ) -> Probe:
-    """Fit a probe at each layer and position; keep what tells harmful from hard benign best.
+    """Fit a probe at each layer and window; keep what tells harmful from hard benign best.
 
     The three groups (harmful, ordinary benign, hard benign) weigh the same in training, and a
     matched pair is always on one side of a split, so style carries as little as the data allows.
-    The last instruction token is often a full stop or a question mark, and a probe that reads it
-    fails on prompts without one; the template's tokens behind it are the same for every prompt.
 
     Args:
         train: prompts that the weights are fitted on.
         validation: prompts that layer and regularisation are chosen on.
         layers: candidates.
-        positions: candidates, as in `Labelled`.
+        windows: candidates: positions, as in `Labelled`, to be averaged.
         seed: of the solver.
     """
     weights = _balanced(train)
@@ -100,21 +106,21 @@ def fit_probe(
     if not bool(negative.any()):
         negative = validation.mask("benign")
     best: Probe | None = None
-    for position, layer in product(positions, layers):
-        features = train.hidden[:, position, layer].float().numpy()
+    for window, layer in product(windows, layers):
+        features = _pooled(train, window, layer).numpy()
         for c in _REGULARISATION:
             model = make_pipeline(
                 StandardScaler(), LogisticRegression(C=c, max_iter=500, random_state=seed)
             )
             model.fit(features, labels, logisticregression__sample_weight=weights)
             weight, bias = _unscaled(model)
-            probe = Probe(layer, position, weight, bias, 0.0)
+            probe = Probe(layer, window, weight, bias, 0.0)
             scores = probe.scores(validation)
             area = float((scores[positive][:, None] > scores[negative][None]).float().mean())
             if best is None or area > best.validation_auroc:
                 best = replace(probe, validation_auroc=area)
     if best is None:
-        raise InputError("the probe needs at least one layer and position")
+        raise InputError("the probe needs at least one layer and window")
     return best
 
 
@@ -188,6 +194,25 @@ def gate_measurements(
         below = int((harmful < thresholds.lower_below).sum())
         found["harmful_below_lower"] = share_interval(below, len(harmful))
     return found
+
+
+def probe_windows(n_suffix: int) -> list[tuple[int, ...]]:
+    """Return where a probe may read, given the template's post-instruction tokens.
+
+    The last instruction token is often a full stop or a question mark, and a probe that reads it
+    fails on prompts without one. The template's tokens behind it are the same for every prompt. The
+    first two, averaged, carried over from the shipped prompts to AdvBench against OR-Bench-hard far
+    better than any one token (docs/LOG.md). What follows them tells serving where they are, so it
+    has to be at least two tokens; a shorter template leaves fewer choices.
+    """
+    if n_suffix >= 4:
+        return [(1, 2)]
+    return [(position,) for position in range(max(1, n_suffix - 1))]
+
+
+def _pooled(data: Labelled, window: tuple[int, ...], layer: int) -> Tensor:
+    """(n, d_model) float32."""
+    return data.hidden[:, list(window), layer].float().mean(1)
 
 
 def _balanced(data: Labelled) -> np.ndarray:

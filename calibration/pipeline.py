@@ -42,6 +42,7 @@ from calibration.gate_fit import (
     fit_probe,
     fit_thresholds,
     gate_measurements,
+    probe_windows,
 )
 from calibration.geometry import effective_rank, participation_ratio, split_half_cosine
 from calibration.progress import Progress, Silent
@@ -259,9 +260,8 @@ def calibrate_subject(
     # Who is flagged?
     progress.stage("fit gate", None)
     middle = range(max(1, n_layers // 4), max(2, (3 * n_layers) // 4 + 1))
-    # What follows the probe's token must tell where it is: at least two tokens of the template.
-    positions = range(max(1, n_suffix - 1))
-    probe = fit_probe(captured["train"], captured["validation"], middle, positions, config.seed)
+    windows = probe_windows(n_suffix)
+    probe = fit_probe(captured["train"], captured["validation"], middle, windows, config.seed)
     thresholds = fit_thresholds(probe, captured["calibration"], config.alpha, config.delta)
     if thresholds.note:
         notes.append(thresholds.note)
@@ -552,7 +552,8 @@ class _Draft:
         gate = GateSpec(
             layer=self.probe.layer,
             bias=self.probe.bias,
-            instruction_suffix_ids=self.subject.suffix_ids[self.probe.position :],
+            instruction_suffix_ids=self.subject.suffix_ids[self.probe.window[-1] :],
+            n_pooled=len(self.probe.window),
             raise_above=fit.raise_above,
             lower_below=lower_below,
             raise_if_refusal_below=_RAISE_IF_REFUSAL_BELOW,

@@ -152,7 +152,9 @@ def _gate_figure(result: CalibrationResult) -> Figure:
         f" raise right of red (α={gate.alpha:g})",
         fontsize=9,
     )
-    axes[-1].set_xlabel(f"probe logit at layer {gate.layer}, prompt position {gate.position}")
+    axes[-1].set_xlabel(
+        f"probe logit at layer {gate.layer}, prompt positions {', '.join(map(str, gate.positions))}"
+    )
     return figure
 
 
@@ -234,8 +236,8 @@ def _markdown(result: CalibrationResult) -> str:
         "",
         "## Gate",
         "",
-        f"Linear probe on layer {gate.layer} at prompt position {gate.position}"
-        " (-1 is the last token)."
+        f"Linear probe on layer {gate.layer} at prompt positions"
+        f" {', '.join(map(str, gate.positions))} (-1 is the last token)."
         f" Raise above {gate.raise_above:.3f}; lower below"
         f" {'never (not certified)' if gate.lower_below is None else f'{gate.lower_below:.3f}'}."
         f" Calibration prompts: {gate.n_by_stratum}. {gate.guarantee}",

@@ -67,7 +67,10 @@ def tables(artifact: CarrierArtifact) -> list[Table]:
             f" α = {gate.alpha:g}",
         ),
         ("lower", lower),
-        ("probe", f"input of layer {gate.layer}, prompt position {gate.position}"),
+        (
+            "probe",
+            f"input of layer {gate.layer}, prompt positions {', '.join(map(str, gate.positions))}",
+        ),
         ("calibrated on", n_prompts),
         ("guarantee", gate.guarantee),
         *_measured(gate.measurements),

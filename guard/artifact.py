@@ -117,15 +117,13 @@ class CarrierSpec(_Frozen):
 class GateSpec(_Frozen):
     """The probe, its thresholds and what they promise."""
 
-    @property
-    def position(self) -> int:
-        """Where the probe reads a prompt, from the end; −1 is the last token."""
-        return -1 - len(self.instruction_suffix_ids)
-
     layer: int = Field(ge=0)
     bias: _Finite
     instruction_suffix_ids: list[int] = Field(
         description="template tokens at the end of a prompt; the probe reads the token before them"
+    )
+    n_pooled: int = Field(
+        default=1, ge=1, le=16, description="tokens up to that one whose scores are averaged"
     )
     raise_above: _Finite
     lower_below: _Finite | None
@@ -140,6 +138,12 @@ class GateSpec(_Frozen):
         " each stratum are raised and at most delta of harmful prompts are lowered, on average over"
         " calibrations. It does not hold under attack or for other traffic."
     )
+
+    @property
+    def positions(self) -> list[int]:
+        """Where the probe reads a prompt, from the end; −1 is the last token."""
+        last = -1 - len(self.instruction_suffix_ids)
+        return [last - back for back in range(self.n_pooled)]
 
 
 class Manifest(_Frozen):

@@ -21,6 +21,7 @@ __all__ = [
     "conformal_lower",
     "conformal_upper",
     "gate_position",
+    "gate_positions",
     "probe_score",
     "refusal_logit",
     "refusal_probability",
@@ -107,6 +108,20 @@ def gate_position(prompt_ids: Sequence[int], suffix_ids: Sequence[int]) -> int:
         if list(prompt_ids[start : start + width]) == wanted:
             return start - 1
     return len(prompt_ids) - 1
+
+
+def gate_positions(
+    prompt_ids: Sequence[int], suffix_ids: Sequence[int], n_pooled: int
+) -> list[int]:
+    """Return the indices of the tokens whose scores are averaged, the last first.
+
+    Args:
+        prompt_ids: (n_tokens,), template included, without padding.
+        suffix_ids: what the chat template puts between the last of them and the response.
+        n_pooled: how many; a prompt that begins too late repeats its first token.
+    """
+    last = gate_position(prompt_ids, suffix_ids)
+    return [max(0, last - back) for back in range(n_pooled)]
 
 
 def probe_score(hidden: Tensor, weight: Tensor, bias: Tensor | float) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from guard.artifact import CarrierArtifact
 from guard.errors import GuardError, NumericsError
-from guard.gate import GateReading, gate_position, probe_score, refusal_probability
+from guard.gate import GateReading, gate_positions, probe_score, refusal_probability
 from guard.kl import log_probs
 from guard.session import GuardSession, Record
 from guard.shadow import BaseStep, ShadowModel
@@ -334,12 +334,13 @@ def _gate_readings(
     gate = artifact.manifest.gate
     stream = base.resid_pre[gate.layer]
     width, device = stream.shape[1], stream.device
-    places = [
-        width - len(prompt) + gate_position(prompt, gate.instruction_suffix_ids)
-        for prompt in prompts
-    ]
-    hidden = stream[range(len(places)), places]
-    scores = probe_score(hidden, artifact.probe_weight.to(device), gate.bias)
+    places = torch.tensor(
+        [gate_positions(ids, gate.instruction_suffix_ids, gate.n_pooled) for ids in prompts],
+        device=device,
+    )
+    places += torch.tensor([[width - len(ids)] for ids in prompts], device=device)  # left padding
+    hidden = stream[torch.arange(len(prompts), device=device).unsqueeze(1), places]
+    scores = probe_score(hidden, artifact.probe_weight.to(device), gate.bias).mean(1)
     refusal_probs = refusal_probability(
         base.logits,
         artifact.refusal_token_ids.to(device),

@@ -26,6 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +37,7 @@ from guard.errors import NotArmedError
 from guard.gate import (
     GateReading,
     Zone,
-    gate_position,
+    gate_positions,
     probe_score,
     refusal_probability,
     undecided,
@@ -223,8 +224,8 @@ class SlotScores:
         blocks[list(target)] = blocks[list(source)]
 
     def read(self, slots: Tensor) -> Later:
-        """The scores of some slots, (n,) int64; NaN where nothing was ever written."""
-        return Later(self._scores[slots])
+        """Mean scores of (n, n_pooled) slots, int64; NaN where one was never written."""
+        return Later(self._scores[slots].mean(-1))
 
     def clear(self) -> None:
         """Forget everything."""
@@ -418,9 +419,11 @@ class StepGuard:
         self._awaited.append((later, states, book))
 
     def _gate_slots(self, runner: Runner, rows: Sequence[SamplingRow]) -> Tensor:
-        suffix = self.artifact.manifest.gate.instruction_suffix_ids
-        places = [gate_position(runner.prompt_ids(row.request_id), suffix) for row in rows]
-        return runner.slots_of([row.row for row in rows], places)
+        gate = self.artifact.manifest.gate
+        suffix, k = gate.instruction_suffix_ids, gate.n_pooled
+        places = [gate_positions(runner.prompt_ids(row.request_id), suffix, k) for row in rows]
+        slots = runner.slots_of([r.row for r in rows for _ in range(k)], [*chain(*places)])
+        return slots.reshape(len(rows), k)
 
     def _open(self, runner: Runner, logits: Tensor) -> None:
         """Decide the zones of requests that sample their first token.

@@ -22,6 +22,7 @@ from calibration.gate_fit import (
     fit_probe,
     fit_thresholds,
     gate_measurements,
+    probe_windows,
 )
 from calibration.prompts import Label, Prompt, Stratum
 from guard.errors import InputError
@@ -29,7 +30,7 @@ from guard.errors import InputError
 N_LAYERS, D_MODEL, SIGNAL_LAYER = 4, 16, 2
 N_POSITIONS, SIGNAL_POSITION = 3, 1
 # A probe that reads one number, so that a prompt's hidden state is its score.
-IDENTITY = Probe(0, 0, torch.ones(1), 0.0, 1.0)
+IDENTITY = Probe(0, (0,), torch.ones(1), 0.0, 1.0)
 
 
 def prompts(label: Label, stratum: Stratum, n: int) -> list[Prompt]:
@@ -52,7 +53,7 @@ def planted(n: int, seed: int) -> Labelled:
     """3 n prompts; harm shows at one layer and position only, in one coordinate."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(3 * n, N_POSITIONS, N_LAYERS, D_MODEL, generator=generator)
-    hidden[:n, SIGNAL_POSITION, SIGNAL_LAYER, 5] += 4.0
+    hidden[:n, SIGNAL_POSITION : SIGNAL_POSITION + 2, SIGNAL_LAYER, 5] += 4.0
     everything = [
         *prompts("harmful", "ordinary", n),
         *prompts("benign", "ordinary", n),
@@ -61,9 +62,18 @@ def planted(n: int, seed: int) -> Labelled:
     return Labelled(everything, hidden)
 
 
+@pytest.mark.parametrize(
+    ("n_suffix", "windows"), [(1, [(0,)]), (2, [(0,)]), (3, [(0,), (1,)]), (5, [(1, 2)])]
+)
+def test_windows_leave_two_template_tokens_behind_them_where_there_are_so_many(
+    n_suffix: int, windows: list[tuple[int, ...]]
+) -> None:
+    assert probe_windows(n_suffix) == windows
+
+
 def test_the_probe_finds_the_layer_and_the_coordinate_that_carry_harm() -> None:
-    probe = fit_probe(planted(80, 0), planted(60, 1), range(N_LAYERS), range(N_POSITIONS), seed=0)
-    assert (probe.layer, probe.position) == (SIGNAL_LAYER, SIGNAL_POSITION)
+    probe = fit_probe(planted(80, 0), planted(60, 1), range(N_LAYERS), [(0,), (1, 2)], seed=0)
+    assert (probe.layer, probe.window) == (SIGNAL_LAYER, (SIGNAL_POSITION, SIGNAL_POSITION + 1))
     assert int(probe.weight.abs().argmax()) == 5
     assert float(probe.weight[5]) > 0
     assert probe.validation_auroc > 0.97
@@ -76,7 +86,7 @@ def test_the_probe_finds_the_layer_and_the_coordinate_that_carry_harm() -> None:
 
 def test_a_probe_needs_at_least_one_layer() -> None:
     with pytest.raises(InputError):
-        fit_probe(planted(10, 0), planted(10, 1), [], [0], seed=0)
+        fit_probe(planted(10, 0), planted(10, 1), [], [(0,)], seed=0)
 
 
 @settings(max_examples=20)
