@@ -170,7 +170,9 @@ def admit(subject: Subject, bench: Bench, effect: Effect, n_controls: int) -> Ad
     """Put a candidate against random directions matched in norm and matched in KL."""
     candidate = effect.candidate
     noise = random_directions(effect.scale * candidate.direction, n_controls, bench.seed)
-    controls = [replace(candidate, direction=row, family="random_control") for row in noise]
+    controls = [
+        replace(candidate, direction=row, family="random_control", subspace=None) for row in noise
+    ]
     at_norm = _measure_at(subject, bench, controls, effect.sign, 1.0)
     return Admission(effect, _scale_up(subject, bench, at_norm, _CONTROL_SCALES), at_norm)
 

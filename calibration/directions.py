@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,19 +10,38 @@ from torch import Tensor
 
 from guard.steering import Carrier
 
-__all__ = ["Candidate", "difference_in_means", "random_directions"]
+__all__ = ["Candidate", "category_subspaces", "difference_in_means", "random_directions"]
+
+_MIN_IN_CATEGORY = 4
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """A small subspace, and the coordinates in it that refusing and complying prompts have.
+
+    Attributes:
+        basis: (k, d_model), orthonormal rows.
+        refusing: (k,) mean coordinates of harmful prompts.
+        complying: (k,) mean coordinates of harmless prompts.
+    """
+
+    basis: Tensor
+    refusing: Tensor
+    complying: Tensor
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A direction that might become a carrier.
+    """A direction or subspace that might become a carrier.
 
     Attributes:
-        layer: decoder layer whose input it is added to.
+        layer: decoder layer whose input it acts on.
         position: prompt position it was read at, from the end (−1 is the last token).
-        direction: (d_model,) float32, in units of the residual stream.
+        direction: (d_model,) float32, in units of the residual stream: what is added, or, with a
+            subspace, the difference of its two means.
         norm_share: its norm over the mean norm of the residual stream at that place.
         family: how it was found.
+        subspace: move the coordinates in it to a mean (saturating) in place of adding.
     """
 
     layer: int
@@ -29,10 +49,17 @@ class Candidate:
     direction: Tensor
     norm_share: float
     family: str = "difference_in_means"
+    subspace: Subspace | None = None
 
     def carrier(self, scale: float = 1.0) -> Carrier:
-        """The carrier that adds `scale` times the direction."""
-        return Carrier.additive(self.layer, scale * self.direction)
+        """The carrier at a strength: toward refusal where `scale` > 0, away from it below."""
+        if self.subspace is None:
+            return Carrier.additive(self.layer, scale * self.direction)
+        space = self.subspace
+        target = space.refusing if scale >= 0 else space.complying
+        # h + s·Bᵀ(c − B h) is an affine move of strength 1 with √s·B and √s·c.
+        root = abs(scale) ** 0.5
+        return Carrier(self.layer, "affine", root * space.basis, root * target)
 
 
 def difference_in_means(harmful: Tensor, harmless: Tensor) -> list[Candidate]:
@@ -58,6 +85,50 @@ def difference_in_means(harmful: Tensor, harmless: Tensor) -> list[Candidate]:
             share = float(direction.norm() / norms[layer, position].clamp_min(1e-12))
             if share > 1e-4:
                 found.append(Candidate(layer, position - n_positions, direction.clone(), share))
+    return found
+
+
+def category_subspaces(
+    harmful: Tensor, categories: Sequence[str], harmless: Tensor, sizes: Sequence[int]
+) -> list[Candidate]:
+    """Return subspaces spanned by the leading per-category differences, at the last token.
+
+    The rows mean(harmful of a category) − mean(harmless) are decomposed by SVD; the first k right
+    singular vectors span the subspace. Each is a candidate twice: as an affine move of the
+    coordinates to the mean of harmful (raise) or harmless (lower) prompts, and additively, as the
+    difference in means projected on it.
+
+    Args:
+        harmful: (n, n_layers, d_model) resid_pre at the last token.
+        categories: n names; those with fewer than `_MIN_IN_CATEGORY` prompts are left out.
+        harmless: (m, n_layers, d_model).
+        sizes: values of k.
+
+    Returns:
+        Up to 2 · n_layers · len(sizes) candidates; none if there are fewer categories than k.
+    """
+    names = sorted({c for c in categories if categories.count(c) >= _MIN_IN_CATEGORY})
+    if len(names) < max(sizes):
+        return []
+    rows = [torch.tensor([c == name for c in categories]) for name in names]
+    refusing, complying = harmful.float().mean(0), harmless.float().mean(0)
+    differences = torch.stack([harmful[r].float().mean(0) for r in rows], 1)
+    differences -= complying.unsqueeze(1)  # (n_layers, n_categories, d_model)
+    norms = torch.cat([harmful, harmless]).float().norm(dim=-1).mean(0)
+    found = []
+    for layer, spread in enumerate(differences):
+        if float(spread.norm()) <= 1e-4 * float(norms[layer]) * len(names) ** 0.5:
+            continue  # as in layer 0, where the last token is the same for every prompt
+        vectors = torch.linalg.svd(spread, full_matrices=False).Vh
+        for k in sizes:
+            basis = vectors[:k].contiguous()
+            space = Subspace(basis, basis @ refusing[layer], basis @ complying[layer])
+            move = (space.refusing - space.complying) @ basis
+            share = float(move.norm() / norms[layer].clamp_min(1e-12))
+            found += [
+                Candidate(layer, -1, move, share, f"subspace_{k}_affine", space),
+                Candidate(layer, -1, move, share, f"subspace_{k}_additive"),
+            ]
     return found
 
 

@@ -1,8 +1,9 @@
 """From a deployed chat model to a guard file.
 
-    prompts ─► listen ─► capture ─► gate ─► sweep ─► controls ─► confirm ─► test ─► guard, report
-               refusal    hidden    probe,   effect   random      generated   both ways, on
-               openings   states    τ        at equal KL          responses   held-out prompts
+    prompts ─► listen ─► capture ─► gate ─► sweep ─► refine ─► controls ─► confirm ─► test ─► guard
+               refusal    hidden    probe,   effect   by         random      generated   both ways,
+               openings   states    τ        at equal gradient               responses   on held-out
+                                             KL                                          prompts
 
 Directions are computed on the training split, chosen on validation, thresholds come from the
 calibration split, and every reported rate from the test split.
@@ -33,7 +34,7 @@ from calibration.causal import (
     measure,
 )
 from calibration.config import CalibrationConfig
-from calibration.directions import Candidate, difference_in_means
+from calibration.directions import Candidate, category_subspaces, difference_in_means
 from calibration.evaluate import Answered, answer_pairs, compare
 from calibration.gate_fit import (
     Labelled,
@@ -55,7 +56,8 @@ from calibration.prompts import (
     shipped_prompts,
     split_prompts,
 )
-from calibration.subject import Subject
+from calibration.refine import RefineSettings, refine, teach
+from calibration.subject import GradientSubject, Subject
 from guard.artifact import (
     CarrierArtifact,
     CarrierSpec,
@@ -82,6 +84,8 @@ _CONFIRMED = 3
 _LAYERS_APART = 2
 _LAYERS_TRIED = 12
 _CONFIRM_SCALES = (1.0, 2.0)
+_SIGNS: tuple[Sign, ...] = ("raise", "lower")
+_SUBSPACE_SIZES = (2, 4)
 _DOSES = torch.tensor([0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0])
 
 
@@ -273,18 +277,39 @@ def calibrate_subject(
     candidates = difference_in_means(
         suffix[train.mask("harmful")], suffix[train.mask("benign", "ordinary")]
     )
+    last = suffix[:, :, -1]
+    candidates += category_subspaces(
+        last[train.mask("harmful")],
+        [p.category for p in train.prompts if p.label == "harmful"],
+        last[train.mask("benign", "ordinary")],
+        _SUBSPACE_SIZES,
+    )
     bench = make_bench(subject, splits, tokens, config)
     progress.stage("measure candidates", 2 * len(candidates))
     effects: dict[Sign, list[Effect]] = {
-        sign: sweep(subject, bench, candidates, sign, progress) for sign in ("raise", "lower")
+        sign: sweep(subject, bench, candidates, sign, progress) for sign in _SIGNS
     }
     clock.lap("sweep")
+
+    # Do gradients find better ones?
+    if not isinstance(subject, GradientSubject):
+        notes.append(
+            "carriers were not refined: gradients need the model's weights in this process; the"
+            " candidates are differences in means and subspaces"
+        )
+    elif config.refine_steps:
+        progress.stage("refine", 2 * config.refine_layers * config.refine_seeds)
+        for sign in _SIGNS:
+            effects[sign] += refined(
+                subject, bench, effects[sign], heard, responses, tokens, sign, config, progress
+            )
+    clock.lap("refine")
 
     # Which of them stand apart from chance, and make the model answer otherwise?
     progress.stage("test against controls", None)
     draft = _Draft(subject, config, splits, tokens, openings, probe, thresholds)
     chosen: dict[Sign, Choice] = {}
-    for sign in ("raise", "lower"):
+    for sign in _SIGNS:
         choice, why = choose(draft, bench, effects[sign], sign, chosen, progress)
         if choice is not None:
             chosen[sign] = choice
@@ -415,6 +440,41 @@ def sweep(
     return effects
 
 
+def refined(
+    subject: GradientSubject,
+    bench: Bench,
+    effects: Sequence[Effect],
+    heard: Sequence[Prompt],
+    responses: Sequence[list[int]],
+    tokens: RefusalTokens,
+    sign: Sign,
+    config: CalibrationConfig,
+    progress: Progress,
+) -> list[Effect]:
+    """Refine the best directions by gradient, and measure what comes out on validation prompts."""
+    starts: list[Candidate] = []
+    for effect in sorted((e for e in effects if e.can_spend), key=lambda e: -e.shift_per_nat):
+        candidate = effect.candidate
+        near = any(abs(candidate.layer - s.layer) < _LAYERS_APART for s in starts)
+        if not near and len(starts) < config.refine_layers:
+            starts.append(candidate)
+    layers = sorted({start.layer for start in starts})
+    lessons = teach(subject, heard, responses, tokens, sign, layers) if starts else None
+    if lessons is None:
+        return []
+    settings = RefineSettings(steps=config.refine_steps)
+    found: list[Effect] = []
+    for start in starts:
+        for seed in range(config.refine_seeds):
+            stages = list(refine(subject, lessons, start, sign, settings, config.seed + seed))
+            measured = measure(subject, bench, stages, sign)
+            best = max(measured, key=lambda e: e.shift_per_nat)
+            found.append(best)
+            progress.note(f"{sign}: refined layer {start.layer}: shift {best.shift}")
+            progress.advance(1)
+    return found
+
+
 def choose(
     draft: _Draft,
     bench: Bench,
@@ -431,20 +491,20 @@ def choose(
     able = sorted((e for e in effects if e.can_spend), key=lambda e: -e.shift_per_nat)
     if not able:
         return None, f"no {sign} candidate can spend {bench.safe_kl_nats} nats on safe prompts"
-    # Controls belong to a layer: where the layer's best does not beat them, the others do not.
-    by_layer = {effect.candidate.layer: effect for effect in reversed(able)}
+    # Controls belong to a layer: where the best of a family does not beat them, the others do not.
+    best_of = {_kind(effect.candidate): effect for effect in reversed(able)}
     tried: list[Admission] = []
     admitted: list[Admission] = []
-    for effect in sorted(by_layer.values(), key=lambda e: -e.shift_per_nat):
+    for effect in sorted(best_of.values(), key=lambda e: -e.shift_per_nat):
         layer = effect.candidate.layer
-        if any(abs(layer - a.effect.candidate.layer) < _LAYERS_APART for a in admitted):
+        if any(_alike(effect.candidate, a.effect.candidate) for a in admitted):
             continue  # neighbours carry nearly the same direction
         admission = admit(draft.subject, bench, effect, draft.config.n_controls)
         tried.append(admission)
         if admission.admissible:
             admitted.append(admission)
         progress.note(
-            f"{sign}: layer {layer}, position {effect.candidate.position}: shift {effect.shift}"
+            f"{sign}: {effect.candidate.family}, layer {layer}: shift {effect.shift}"
             f" {'admissible' if admission.admissible else 'not admissible'}"
         )
         if len(admitted) == _CONFIRMED or len(tried) == _LAYERS_TRIED:
@@ -452,7 +512,7 @@ def choose(
     if not admitted:
         return None, (
             f"no {sign} candidate is admissible: tried the best of each of the {len(tried)} best"
-            f" layers; the first {tried[0].why_not}"
+            f" layers and families; the first {tried[0].why_not}"
         )
     prompts, base = draft.targets(bench, sign)
     trials = [
@@ -607,7 +667,7 @@ def _spec(choice: Choice) -> CarrierSpec:
     candidate = effect.candidate
     return CarrierSpec(
         layer=candidate.layer,
-        kind="add",
+        kind=candidate.carrier().kind,
         family=candidate.family,
         position=candidate.position,
         norm_share=candidate.norm_share * choice.scale,
@@ -632,6 +692,16 @@ def _controls(chosen: dict[Sign, Choice]) -> dict[str, Interval]:
                 (c.full_shift for c in admission.at_norm), key=lambda shift: shift.value
             )
     return found
+
+
+def _kind(candidate: Candidate) -> tuple[int, str]:
+    """Layer and family, all subspaces being one family."""
+    return candidate.layer, candidate.family.split("_")[0]
+
+
+def _alike(one: Candidate, other: Candidate) -> bool:
+    (layer, family), (other_layer, other_family) = _kind(one), _kind(other)
+    return family == other_family and abs(layer - other_layer) < _LAYERS_APART
 
 
 def _gain(choice: Choice, sign: Sign) -> float:
@@ -694,7 +764,8 @@ def _geometry(
     benign: Tensor,
     seed: int,
 ) -> dict[str, float]:
-    rows = torch.stack([c.direction / c.direction.norm() for c in candidates])
+    means = [c for c in candidates if c.family == "difference_in_means"]
+    rows = torch.stack([c.direction / c.direction.norm() for c in means])
     found = {
         "effective_rank": effective_rank(rows),
         "participation_ratio": participation_ratio(rows),

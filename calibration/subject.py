@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from guard.artifact import ModelIdentity
 from guard.session import GuardSession
 from guard.shadow import BaseStep
 
-__all__ = ["Subject"]
+__all__ = ["GradientSubject", "Subject"]
 
 
 class Subject(Protocol):
@@ -48,3 +48,13 @@ class Subject(Protocol):
         sessions: Sequence[GuardSession | None] | None = None,
     ) -> list[list[int]]:
         """Greedy responses; sessions that are open steer theirs."""
+
+
+@runtime_checkable
+class GradientSubject(Subject, Protocol):
+    """A subject whose weights are at hand, so that gradients pass through its shadow pass."""
+
+    def shadow_with_gradient(
+        self, step: BaseStep, rows: Sequence[int], layer: int, steered: Tensor
+    ) -> Tensor:
+        """Steered logits, (len(rows), vocab) float32, differentiable in `steered`."""

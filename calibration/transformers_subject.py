@@ -151,6 +151,12 @@ class TransformersSubject:
         """Steered logits of some rows of a step, (len(rows), vocab) float32."""
         return self._runner.shadow(step, rows, layer, steered)
 
+    def shadow_with_gradient(
+        self, step: BaseStep, rows: Sequence[int], layer: int, steered: Tensor
+    ) -> Tensor:
+        """Steered logits, (len(rows), vocab) float32, differentiable in `steered`."""
+        return self._runner.shadow_with_gradient(step, rows, layer, steered)
+
     def respond(
         self,
         prompts: Sequence[Sequence[int]],

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from guard.errors import UnsupportedModelError
@@ -111,8 +110,7 @@ def enter_at(
             layer.forward = skipped
         handle = layers[index].register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
         stack.callback(handle.remove)
-        with torch.inference_mode():
-            yield
+        yield
 
 
 def _restore(layer: nn.Module, own_forward: Any) -> None:

@@ -152,6 +152,27 @@ class ShadowModel:
         # A token that cannot occur (−inf in every pass) has difference NaN: it stays impossible.
         return shifted.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
 
+    def shadow_with_gradient(
+        self, step: BaseStep, rows: Sequence[int], layer: int, steered: Tensor
+    ) -> Tensor:
+        """Return steered logits that pass gradients back to `steered`, for calibration.
+
+        There is no null row: they differ from those of `shadow` by rounding.
+
+        Args:
+            step: the last base pass.
+            rows: n_shadow row indices.
+            layer: where to enter.
+            steered: (n_shadow, d_model).
+
+        Returns:
+            (n_shadow, vocab) float32.
+        """
+        with torch.enable_grad():
+            hidden = steered.to(step.last_hidden(layer).dtype)
+            return self._last_token_again(step, rows, layer, hidden)
+
+    @torch.inference_mode()
     def replay(self, step: BaseStep, rows: Sequence[int], layer: int) -> Tensor:
         """Return the raw logits of a pass that is entered at `layer` and steers nothing.
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibration.directions import difference_in_means, random_directions
+from calibration.directions import category_subspaces, difference_in_means, random_directions
 
 N_LAYERS, N_POSITIONS, D_MODEL = 3, 2, 48
 PLANTED = (1, 0)  # layer, position
@@ -100,3 +100,37 @@ def test_a_candidate_becomes_a_carrier_that_adds_it_scaled() -> None:
     carrier = found.carrier(-2.0)
     torch.testing.assert_close(carrier.apply(torch.zeros(2, 3)), torch.full((2, 3), -2.0))
     assert carrier.layer == 0
+
+
+def test_a_planted_subspace_is_recovered_and_moves_states_to_the_class_means() -> None:
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(D_MODEL, 2, generator=generator)).Q.T
+    names = [f"category {i % 6}" for i in range(600)]
+    weights = torch.randn(6, 2, generator=generator) + torch.tensor([4.0, 0.0])
+    harmful = torch.randn(600, 1, D_MODEL, generator=generator)
+    harmful[:, 0] += 3.0 * torch.stack([weights[i % 6] for i in range(600)]) @ axes
+    harmless = torch.randn(600, 1, D_MODEL, generator=generator)
+
+    found = category_subspaces(harmful, names, harmless, [2])
+    assert [c.family for c in found] == ["subspace_2_affine", "subspace_2_additive"]
+    affine, additive = found
+    assert affine.subspace is not None
+    basis = affine.subspace.basis
+    torch.testing.assert_close(basis @ basis.T, torch.eye(2), atol=1e-5, rtol=0.0)
+    inside = (axes @ basis.T).norm(dim=1)  # how much of each planted axis lies in the span
+    assert float(inside.min()) > 0.97
+
+    hidden = harmless[:5, 0]
+    raised, lowered = affine.carrier(1.0).apply(hidden), affine.carrier(-1.0).apply(hidden)
+    means = [harmful[:, 0].mean(0), harmless[:, 0].mean(0)]
+    for moved, mean in zip((raised, lowered), means, strict=True):
+        torch.testing.assert_close(moved @ basis.T, (mean @ basis.T).expand(5, 2))
+    half = affine.carrier(0.5).apply(hidden) @ basis.T
+    torch.testing.assert_close(half, 0.5 * (hidden @ basis.T + raised @ basis.T))
+    assert additive.carrier().kind == "add"
+    torch.testing.assert_close(additive.direction, (means[0] - means[1]) @ basis.T @ basis)
+
+
+def test_categories_too_few_for_the_subspace_give_none() -> None:
+    harmful, harmless = torch.randn(20, 2, 8), torch.randn(20, 2, 8)
+    assert category_subspaces(harmful, ["only"] * 20, harmless, [2, 4]) == []
