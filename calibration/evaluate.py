@@ -14,14 +14,9 @@ import torch
 from calibration.statistics import mean_interval, share_interval
 from calibration.subject import Subject
 from guard.artifact import CarrierArtifact, Interval
-from guard.gate import (
-    GateReading,
-    Zone,
-    gate_positions,
-    probe_score,
-    refusal_probability,
-)
+from guard.gate import GateReading, Zone
 from guard.policy import Policy
+from guard.reading import read_gates
 from guard.refusal import Verdict, judge
 from guard.session import GuardSession, Record
 
@@ -51,20 +46,8 @@ def read_gate(
     subject: Subject, artifact: CarrierArtifact, prompts: Sequence[Sequence[int]]
 ) -> list[GateReading]:
     """Score and refusal probability of encoded prompts, as serving reads them."""
-    gate = artifact.manifest.gate
-    step = subject.prefill(prompts, [gate.layer])
-    hidden = step.resid_pre[gate.layer]
-    width = hidden.shape[1]
-    places = torch.tensor(
-        [gate_positions(ids, gate.instruction_suffix_ids, gate.n_pooled) for ids in prompts]
-    )
-    places += torch.tensor([[width - len(ids)] for ids in prompts])  # padded on the left
-    read = hidden[torch.arange(len(prompts)).unsqueeze(1), places].cpu()
-    scores = probe_score(read, artifact.probe_weight, gate.bias).mean(1).tolist()
-    refusals = refusal_probability(
-        step.logits.cpu(), artifact.refusal_token_ids, artifact.refusal_token_weights
-    ).tolist()
-    return [GateReading(s, r) for s, r in zip(scores, refusals, strict=True)]
+    step = subject.prefill(prompts, artifact.manifest.gate.layers)
+    return read_gates(artifact, step, prompts)
 
 
 def force(artifact: CarrierArtifact, zone: Zone) -> GateReading:

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,6 +40,7 @@ __all__ = [
     "GateSpec",
     "Interval",
     "Manifest",
+    "MessageRead",
     "ModelIdentity",
     "load_artifact",
     "save_artifact",
@@ -61,6 +62,7 @@ TENSORS = {
     "lower.basis": "(k, d_model) float32, absent when no lower carrier is admissible",
     "lower.target": "(k,) float32",
     "probe.weight": "(d_model,) float32",
+    "probe.message": "(d_model,) float32, absent where the gate reads template tokens alone",
     "refusal.token_ids": "(n_tokens,) int64",
     "refusal.token_weights": "(n_tokens,) float32",
 }
@@ -114,6 +116,15 @@ class CarrierSpec(_Frozen):
     measurements: dict[str, Interval] = Field(default_factory=dict)
 
 
+class MessageRead(_Frozen):
+    """A second probe of the gate: its score is averaged over the user's last message."""
+
+    layer: int = Field(ge=0)
+    suffix_ids: list[int] = Field(description="template tokens behind the message")
+    opening_ids: list[int] = Field(description="template tokens before the message")
+    width: int = Field(ge=1, le=512, description="last tokens of the message that are read")
+
+
 class GateSpec(_Frozen):
     """The probe, its thresholds and what they promise."""
 
@@ -124,6 +135,9 @@ class GateSpec(_Frozen):
     )
     n_pooled: int = Field(
         default=1, ge=1, le=16, description="tokens up to that one whose scores are averaged"
+    )
+    message: MessageRead | None = Field(
+        default=None, description="a second probe, whose score is added; None: there is none"
     )
     raise_above: _Finite
     lower_below: _Finite | None
@@ -138,6 +152,11 @@ class GateSpec(_Frozen):
         " each stratum are raised and at most delta of harmful prompts are lowered, on average over"
         " calibrations. It does not hold under attack or for other traffic."
     )
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers whose input the gate reads, rising."""
+        return sorted({self.layer, *([self.message.layer] if self.message else [])})
 
     @property
     def positions(self) -> list[int]:
@@ -179,6 +198,7 @@ class CarrierArtifact:
         refusal_token_ids: (n_tokens,) int64, first tokens of the model's own refusals.
         refusal_token_weights: (n_tokens,) float32 in [0, 1].
         artifact_id: first 12 hex digits of the file's SHA-256; "unsaved" before it is written.
+        message_weight: (d_model,) float32 of the gate's second probe, where there is one.
     """
 
     manifest: Manifest
@@ -188,6 +208,13 @@ class CarrierArtifact:
     refusal_token_ids: Tensor
     refusal_token_weights: Tensor
     artifact_id: str = "unsaved"
+    message_weight: Tensor | None = None
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers whose input is read when this guard serves: the gate's and the carriers'."""
+        carriers = (self.raise_carrier, self.lower_carrier)
+        return sorted({*self.manifest.gate.layers, *(c.layer for c in carriers if c)})
 
     @property
     def thresholds(self) -> Thresholds:
@@ -235,6 +262,8 @@ def save_artifact(artifact: CarrierArtifact, path: Path) -> str:
         "refusal.token_ids": artifact.refusal_token_ids,
         "refusal.token_weights": artifact.refusal_token_weights,
     }
+    if artifact.message_weight is not None:
+        tensors["probe.message"] = artifact.message_weight
     if artifact.lower_carrier is not None:
         tensors["lower.basis"] = artifact.lower_carrier.basis
         tensors["lower.target"] = artifact.lower_carrier.target
@@ -366,9 +395,9 @@ def _parse_manifest(fields: dict[str, Any], path: Path) -> Manifest:
 def _build(manifest: Manifest, tensors: dict[str, Tensor], path: Path) -> CarrierArtifact:
     """Check tensors against the manifest and assemble the artifact."""
     d_model, n_layers = manifest.model.d_model, manifest.model.n_layers
-    expected = set(TENSORS) - (
-        {"lower.basis", "lower.target"} if not manifest.lower_carrier else set()
-    )
+    absent = {"lower.basis", "lower.target"} if not manifest.lower_carrier else set()
+    absent |= {"probe.message"} if not manifest.gate.message else set()
+    expected = set(TENSORS) - absent
     if set(tensors) != expected:
         raise _unreadable(path, f"tensors {sorted(tensors)}, expected {sorted(expected)}")
     for name, tensor in tensors.items():
@@ -377,10 +406,9 @@ def _build(manifest: Manifest, tensors: dict[str, Tensor], path: Path) -> Carrie
             raise _unreadable(path, f"tensor {name}: {tensor.dtype}, expected {wanted}")
         if not bool(torch.isfinite(tensor).all()):
             raise _unreadable(path, f"tensor {name}: holds NaN or infinite values")
-    if tensors["probe.weight"].shape != (d_model,):
-        raise _unreadable(
-            path, f"probe.weight: {tuple(tensors['probe.weight'].shape)}, expected ({d_model},)"
-        )
+    for name in sorted({"probe.weight", "probe.message"} & expected):
+        if tensors[name].shape != (d_model,):
+            raise _unreadable(path, f"{name}: {tuple(tensors[name].shape)}, expected ({d_model},)")
     ids, weights = tensors["refusal.token_ids"], tensors["refusal.token_weights"]
     if ids.dim() != 1 or not len(ids) or ids.shape != weights.shape:
         raise _unreadable(
@@ -390,8 +418,9 @@ def _build(manifest: Manifest, tensors: dict[str, Tensor], path: Path) -> Carrie
         raise _unreadable(path, f"refusal.token_ids: outside 0…{manifest.model.vocab_size - 1}")
     if float(weights.min()) < 0 or float(weights.max()) > 1:
         raise _unreadable(path, "refusal.token_weights: outside [0, 1]")
-    if not manifest.gate.layer <= n_layers:
-        raise _unreadable(path, f"gate layer {manifest.gate.layer} of a {n_layers}-layer model")
+    for layer in manifest.gate.layers:
+        if not layer <= n_layers:
+            raise _unreadable(path, f"gate layer {layer} of a {n_layers}-layer model")
     specs = {"raise": manifest.raise_carrier, "lower": manifest.lower_carrier}
     carriers = {
         name: _carrier(name, spec, tensors, d_model, n_layers, path) if spec else None
@@ -401,7 +430,13 @@ def _build(manifest: Manifest, tensors: dict[str, Tensor], path: Path) -> Carrie
     if raising is None:
         raise _unreadable(path, "no raise carrier")
     return CarrierArtifact(
-        manifest, raising, carriers["lower"], tensors["probe.weight"], ids, weights
+        manifest,
+        raising,
+        carriers["lower"],
+        tensors["probe.weight"],
+        ids,
+        weights,
+        message_weight=tensors.get("probe.message"),
     )
 
 
@@ -427,15 +462,7 @@ def _carrier(
 
 
 def _with_id(artifact: CarrierArtifact, artifact_id: str) -> CarrierArtifact:
-    return CarrierArtifact(
-        artifact.manifest,
-        artifact.raise_carrier,
-        artifact.lower_carrier,
-        artifact.probe_weight,
-        artifact.refusal_token_ids,
-        artifact.refusal_token_weights,
-        artifact_id,
-    )
+    return replace(artifact, artifact_id=artifact_id)
 
 
 def _file_id(data: bytes) -> str:

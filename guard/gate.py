@@ -22,6 +22,8 @@ __all__ = [
     "conformal_upper",
     "gate_position",
     "gate_positions",
+    "message_positions",
+    "pooled_scores",
     "probe_score",
     "refusal_logit",
     "refusal_probability",
@@ -124,16 +126,53 @@ def gate_positions(
     return [max(0, last - back) for back in range(n_pooled)]
 
 
+def message_positions(
+    prompt_ids: Sequence[int], suffix_ids: Sequence[int], opening_ids: Sequence[int], width: int
+) -> list[int]:
+    """Return the indices of the user's last message, or of its last `width` tokens, rising.
+
+    Args:
+        prompt_ids: (n_tokens,), template included, without padding.
+        suffix_ids: what the chat template puts behind the message.
+        opening_ids: what it puts before it; where that is not found, only `width` limits.
+        width: most tokens, ≥ 1.
+    """
+    last = gate_position(prompt_ids, suffix_ids)
+    first, n = max(0, last + 1 - width), len(opening_ids)
+    for start in range(last, max(first, n) - 1, -1) if n else ():
+        if list(prompt_ids[start - n : start]) == list(opening_ids):
+            return list(range(start, last + 1))
+    return list(range(first, last + 1))
+
+
+def pooled_scores(hidden: Tensor, positions: Sequence[Sequence[int]], weight: Tensor) -> Tensor:
+    """Return the mean of hidden · weight over some tokens of each row.
+
+    Args:
+        hidden: (n_rows, n_tokens, d_model) residual stream, rows padded on the left.
+        positions: per row, the tokens, as indices from the end (−1 is the last).
+        weight: (d_model,).
+
+    Returns:
+        (n_rows,) float32.
+    """
+    pool = torch.zeros(hidden.shape[:2], device=hidden.device)
+    for row, places in enumerate(positions):
+        pool[row, list(places)] = 1.0 / len(places)
+    scores = probe_score(hidden, weight.to(hidden.device), 0.0)
+    return torch.where(pool > 0, scores * pool, 0.0).sum(-1)
+
+
 def probe_score(hidden: Tensor, weight: Tensor, bias: Tensor | float) -> Tensor:
     """Return hidden · weight + bias in float32.
 
     Args:
-        hidden: (n_rows, d_model) residual stream at the probe's token.
+        hidden: (…, d_model) residual stream at the probe's tokens.
         weight: (d_model,).
         bias: a number or 0-d tensor.
 
     Returns:
-        (n_rows,) logits, higher is more harmful.
+        (…) logits, higher is more harmful.
     """
     return hidden.float() @ weight.float() + bias
 

@@ -65,10 +65,10 @@ def run_canary(
     """
     carriers = {"raise": artifact.raise_carrier, "lower": artifact.lower_carrier}
     present = {name: carrier for name, carrier in carriers.items() if carrier is not None}
-    gate_layer = artifact.manifest.gate.layer
-    if gate_layer >= model.n_layers:
-        raise NotArmedError(f"the gate reads layer {gate_layer} of a {model.n_layers}-layer model")
-    capture = sorted({gate_layer, *(carrier.layer for carrier in present.values())})
+    for layer in artifact.manifest.gate.layers:
+        if layer >= model.n_layers:
+            raise NotArmedError(f"the gate reads layer {layer} of a {model.n_layers}-layer model")
+    capture = artifact.layers
     readings = []
     try:
         for step in _prefill_and_decode(model, prompt, capture):
@@ -97,12 +97,14 @@ def _prefill_and_decode(
 
 
 def _check_gate(artifact: CarrierArtifact, step: BaseStep) -> None:
-    hidden = step.last_hidden(artifact.manifest.gate.layer)
-    scores = probe_score(
-        hidden, artifact.probe_weight.to(hidden.device), artifact.manifest.gate.bias
-    )
-    if not bool(torch.isfinite(scores).all()):
-        raise NumericsError("the gate's score is not finite")
+    gate = artifact.manifest.gate
+    probes = [(gate.layer, artifact.probe_weight)]
+    if gate.message is not None and artifact.message_weight is not None:
+        probes.append((gate.message.layer, artifact.message_weight))
+    for layer, weight in probes:
+        hidden = step.last_hidden(layer)
+        if not bool(torch.isfinite(probe_score(hidden, weight.to(hidden.device), gate.bias)).all()):
+            raise NumericsError("the gate's score is not finite")
 
 
 def _try_carrier(model: ShadowModel, step: BaseStep, name: str, carrier: Carrier) -> CanaryReading:

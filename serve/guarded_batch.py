@@ -20,8 +20,8 @@ from transformers import DynamicCache
 
 from guard.artifact import CarrierArtifact
 from guard.errors import GuardError, NumericsError
-from guard.gate import GateReading, gate_positions, probe_score, refusal_probability
 from guard.kl import log_probs
+from guard.reading import read_gates
 from guard.session import GuardSession, Record
 from guard.shadow import BaseStep, ShadowModel
 from guard.step import guarded_logits, layers_wanted
@@ -228,24 +228,21 @@ class GuardedBatch:
             return []
         if self.position > 0:
             return layers_wanted([row.guard for row in self.rows], self.position)
-        carriers = [artifact.raise_carrier, artifact.lower_carrier]
-        return sorted({artifact.manifest.gate.layer, *(c.layer for c in carriers if c)})
+        return artifact.layers
 
     def _read_gates(self, base: BaseStep) -> None:
         """Open every row's session with what the base pass shows at the end of its prompt."""
         if self._artifact is None:
             return
         began = time.perf_counter()
-        scores, refusal_probs = _gate_readings(
-            self._artifact, base, [row.request.prompt_ids for row in self.rows]
-        )
-        for row, score, refusal_prob in zip(self.rows, scores, refusal_probs, strict=True):
+        prompts = [row.request.prompt_ids for row in self.rows]
+        for row, reading in zip(self.rows, read_gates(self._artifact, base, prompts), strict=True):
             if row.guard is None:
                 continue
-            if math.isfinite(score):
-                row.guard.open(GateReading(score, refusal_prob))
+            if math.isfinite(reading.score):
+                row.guard.open(reading)
             else:  # every comparison with NaN is false, so it would pass as harmless
-                self._guard_failed(row, NumericsError(f"the gate's score is {score}"))
+                self._guard_failed(row, NumericsError(f"the gate's score is {reading.score}"))
             if self._observers.gate is not None:
                 self._observers.gate(time.perf_counter() - began)
 
@@ -325,25 +322,3 @@ class GuardedBatch:
         self._ids = torch.tensor(tokens, device=self._mask.device)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
         self.position += 1
-
-
-def _gate_readings(
-    artifact: CarrierArtifact, base: BaseStep, prompts: Sequence[Sequence[int]]
-) -> tuple[list[float], list[float]]:
-    """Probe scores and the base model's refusal probabilities, one of each per row."""
-    gate = artifact.manifest.gate
-    stream = base.resid_pre[gate.layer]
-    width, device = stream.shape[1], stream.device
-    places = torch.tensor(
-        [gate_positions(ids, gate.instruction_suffix_ids, gate.n_pooled) for ids in prompts],
-        device=device,
-    )
-    places += torch.tensor([[width - len(ids)] for ids in prompts], device=device)  # left padding
-    hidden = stream[torch.arange(len(prompts), device=device).unsqueeze(1), places]
-    scores = probe_score(hidden, artifact.probe_weight.to(device), gate.bias).mean(1)
-    refusal_probs = refusal_probability(
-        base.logits,
-        artifact.refusal_token_ids.to(device),
-        artifact.refusal_token_weights.to(device),
-    )
-    return scores.tolist(), refusal_probs.tolist()

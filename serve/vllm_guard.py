@@ -37,13 +37,13 @@ from guard.errors import NotArmedError
 from guard.gate import (
     GateReading,
     Zone,
-    gate_positions,
     probe_score,
     refusal_probability,
     undecided,
 )
 from guard.kl import Moved
 from guard.policy import Policy
+from guard.reading import gate_places
 from guard.session import GuardSession, Record
 from guard.steering import Carrier
 
@@ -201,7 +201,7 @@ class Steering:
 
 
 class SlotScores:
-    """The probe's score of the token behind every KV slot."""
+    """A probe's score of the token behind every KV slot."""
 
     def __init__(self, n_slots: int, device: torch.device) -> None:
         self._scores = torch.full((n_slots,), math.nan, dtype=torch.float32, device=device)
@@ -223,9 +223,15 @@ class SlotScores:
         source, target = zip(*copies, strict=True)
         blocks[list(target)] = blocks[list(source)]
 
-    def read(self, slots: Tensor) -> Later:
-        """Mean scores of (n, n_pooled) slots, int64; NaN where one was never written."""
-        return Later(self._scores[slots].mean(-1))
+    def mean(self, slots: Tensor, shares: Tensor) -> Tensor:
+        """Return (n,) weighted sums of scores; NaN where one of them was never written.
+
+        Args:
+            slots: (n, n_pooled) int64.
+            shares: (n, n_pooled) float32: one over the number of tokens; 0 for padding, whose slot
+                is that of one of the tokens.
+        """
+        return (self._scores[slots] * shares).sum(-1)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -291,14 +297,13 @@ class StepGuard:
         self._fresh: list[SamplingRow] = []  # that sample their first token in this step
         self._fresh_scores: Later | None = None
         self._awaited: list[tuple[Later, list[GuardedRequest], Callable[[Any], None]]] = []
-        self._scores: SlotScores | None = None
+        self._scores: list[SlotScores] = []  # one per probe
         self._spare: Tensor | None = None
 
     @property
     def layers(self) -> list[int]:
         """Layers whose input is read: the gate's and the carriers', rising."""
-        carriers = (self.artifact.raise_carrier, self.artifact.lower_carrier)
-        return sorted({self.artifact.manifest.gate.layer, *(c.layer for c in carriers if c)})
+        return self.artifact.layers
 
     def renew(self, request_id: str, n_prompt: int) -> None:
         """A request is announced, perhaps again: one whose prompt has grown is gated anew."""
@@ -341,13 +346,13 @@ class StepGuard:
         self._active.clear()
         self.requests.clear()
         self._ended.clear()
-        if self._scores is not None:
-            self._scores.clear()
+        for scores in self._scores:
+            scores.clear()
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]], n_blocks: int) -> None:
         """Follow a copy of whole KV blocks."""
-        if copies and self._scores is not None:
-            self._scores.copy_blocks(copies, n_blocks)
+        for scores in self._scores if copies else ():
+            scores.copy_blocks(copies, n_blocks)
 
     @torch.inference_mode()
     def begin(self, runner: Runner) -> bool:
@@ -358,18 +363,18 @@ class StepGuard:
         """
         if not self.awake:
             return False
-        if self._scores is None:
-            self._scores = SlotScores(runner.n_slots, self._device)
+        if not self._scores:
+            self._scores = [SlotScores(runner.n_slots, self._device) for _ in self._probes()]
         self.n_steps += 1
         self.settle()
-        gate, scores = self.artifact.manifest.gate, self._scores
         unknown = {name for name in runner.request_ids if name not in self.requests}
         self._fresh = runner.sampling_rows(unknown) if unknown else []
         with runner.at_gate() if self._fresh else nullcontext():
-            hidden = runner.hidden(gate.layer)
-            scores.write(runner.slots_written(), hidden, self.artifact.probe_weight, gate.bias)
+            slots = runner.slots_written()
+            for scores, (layer, weight, bias) in zip(self._scores, self._probes(), strict=True):
+                scores.write(slots, runner.hidden(layer), weight, bias)
             if self._fresh:
-                self._fresh_scores = scores.read(self._gate_slots(runner, self._fresh))
+                self._fresh_scores = Later(self._read_gates(runner, self._fresh))
         return bool(self._fresh or self._active or self.on_base)
 
     @torch.inference_mode()
@@ -418,12 +423,28 @@ class StepGuard:
             state.waits += 1
         self._awaited.append((later, states, book))
 
-    def _gate_slots(self, runner: Runner, rows: Sequence[SamplingRow]) -> Tensor:
-        gate = self.artifact.manifest.gate
-        suffix, k = gate.instruction_suffix_ids, gate.n_pooled
-        places = [gate_positions(runner.prompt_ids(row.request_id), suffix, k) for row in rows]
-        slots = runner.slots_of([r.row for r in rows for _ in range(k)], [*chain(*places)])
-        return slots.reshape(len(rows), k)
+    def _probes(self) -> list[tuple[int, Tensor, float]]:
+        """Layer, weight and bias of each probe; the scores of all are added up."""
+        artifact, gate = self.artifact, self.artifact.manifest.gate
+        probes = [(gate.layer, artifact.probe_weight, gate.bias)]
+        if gate.message is not None and artifact.message_weight is not None:
+            probes.append((gate.message.layer, artifact.message_weight, 0.0))
+        return probes
+
+    def _read_gates(self, runner: Runner, rows: Sequence[SamplingRow]) -> Tensor:
+        """(len(rows),) scores on the device: each probe's mean over its tokens, added up."""
+        found = [gate_places(self.artifact, runner.prompt_ids(row.request_id)) for row in rows]
+        total = torch.zeros(len(rows), device=self._device)
+        for probe, scores in enumerate(self._scores):
+            places = [both[probe] for both in found]
+            width = max(map(len, places))
+            padded = [[*p, *p[:1] * (width - len(p))] for p in places]
+            shares = [[1.0 / len(p)] * len(p) + [0.0] * (width - len(p)) for p in places]
+            slots = runner.slots_of([r.row for r in rows for _ in range(width)], [*chain(*padded)])
+            total += scores.mean(
+                slots.reshape(len(rows), width), on_device(shares, torch.float32, self._device)
+            )
+        return total
 
     def _open(self, runner: Runner, logits: Tensor) -> None:
         """Decide the zones of requests that sample their first token.
@@ -585,6 +606,9 @@ def _on(artifact: CarrierArtifact, device: torch.device) -> CarrierArtifact:
         raise_carrier=moved(artifact.raise_carrier),
         lower_carrier=moved(artifact.lower_carrier) if artifact.lower_carrier else None,
         probe_weight=artifact.probe_weight.to(device),
+        message_weight=None
+        if artifact.message_weight is None
+        else artifact.message_weight.to(device),
         refusal_token_ids=artifact.refusal_token_ids.to(device),
         refusal_token_weights=artifact.refusal_token_weights.to(device),
     )

@@ -549,7 +549,7 @@ def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
         raise UnsupportedModelError(
             "--enable-lora is guarded on the V1 model runner only: set VLLM_USE_V2_MODEL_RUNNER=0"
         )
-    view = _V2(runner, guard.layers, guard.artifact.manifest.gate.layer)
+    view = _V2(runner, guard.layers, guard.artifact.manifest.gate.layers[-1])
     model = runner.get_model()
     execute_model, prepare_attn = runner.execute_model, runner.prepare_attn
     sample_tokens, sample = runner.sample_tokens, runner.sample

@@ -18,20 +18,23 @@ def test_a_score_is_read_where_it_was_written_and_nan_elsewhere() -> None:
     hidden, weight = torch.randn(5, 8), torch.randn(8)
     slots = torch.tensor([3, 40, 41, 7, 63])
     scores.write(slots, hidden, weight, 0.5)
-    assert scores.read(slots.unsqueeze(1)).read() == pytest.approx(
+    one = torch.ones(5, 1)
+    assert scores.mean(slots.unsqueeze(1), one).tolist() == pytest.approx(
         (hidden @ weight + 0.5).tolist(), abs=1e-5
     )
-    assert all(math.isnan(value) for value in scores.read(torch.tensor([[0], [4], [62]])).read())
+    assert all(scores.mean(torch.tensor([[0], [4], [62]]), one[:3]).isnan())
     scores.clear()
-    assert all(math.isnan(value) for value in scores.read(slots.unsqueeze(1)).read())
+    assert all(scores.mean(slots.unsqueeze(1), one).isnan())
 
 
 def test_pooled_scores_are_means_and_nan_if_one_of_them_was_never_written() -> None:
     scores = SlotScores(8, torch.device("cpu"))
     scores.write(torch.arange(4), torch.tensor([[1.0], [2.0], [4.0], [8.0]]), torch.ones(1), 0.5)
-    found = scores.read(torch.tensor([[1, 0], [3, 2], [4, 3]])).read()
-    assert found[:2] == [2.0, 6.5]
-    assert math.isnan(found[2])
+    slots = torch.tensor([[1, 0], [3, 2], [2, 2], [4, 3]])
+    shares = torch.tensor([[0.5, 0.5], [0.5, 0.5], [1.0, 0.0], [0.5, 0.5]])
+    found = scores.mean(slots, shares).tolist()
+    assert found[:3] == [2.0, 6.5, 4.5]
+    assert math.isnan(found[3])
 
 
 def test_scores_of_long_prompts_are_written_in_parts_without_a_gap() -> None:
@@ -39,14 +42,16 @@ def test_scores_of_long_prompts_are_written_in_parts_without_a_gap() -> None:
     scores = SlotScores(n, torch.device("cpu"))
     hidden = torch.arange(n, dtype=torch.float32).reshape(n, 1)
     scores.write(torch.arange(n).flip(0), hidden, torch.ones(1), 0.0)
-    assert scores.read(torch.arange(n).unsqueeze(1)).read() == list(map(float, reversed(range(n))))
+    found = scores.mean(torch.arange(n).unsqueeze(1), torch.ones(n, 1))
+    assert found.tolist() == list(map(float, reversed(range(n))))
 
 
 def test_scores_follow_copies_of_whole_blocks_even_when_they_chain() -> None:
     scores = SlotScores(12, torch.device("cpu"))
     scores.write(torch.arange(12), torch.arange(12.0).reshape(12, 1), torch.ones(1), 0.0)
     scores.copy_blocks([(0, 1), (1, 2)], n_blocks=3)
-    assert scores.read(torch.arange(12).unsqueeze(1)).read() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]
+    found = scores.mean(torch.arange(12).unsqueeze(1), torch.ones(12, 1))
+    assert found.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_method_that_this_vllm_does_not_have_is_an_error() -> None:
