@@ -294,10 +294,10 @@ def frontier(result: CalibrationResult) -> Figure:
             if point.chosen:
                 _ring(axis, x.value, y.value, RAISE)
             axis.annotate(
-                f"{point.name}\n{point.benign_nats.value:.2f} nats",
+                f"{point.name}, {point.benign_nats.value:.2f} nats",
                 (x.value, y.value),
-                xytext=(6, 4) if number % 2 else (-6, 4),  # neighbours do not overlap
-                ha="left" if number % 2 else "right",
+                xytext=(6, 4) if number % 2 else (6, -4),  # neighbours do not overlap
+                va="bottom" if number % 2 else "top",
                 textcoords="offset points",
                 fontsize=7,
             )
@@ -305,7 +305,7 @@ def frontier(result: CalibrationResult) -> Figure:
         axis.set_ylabel("harmful prompts refused")
         axis.set_title("chosen ringed; nats: mean over benign prompts", fontsize=9)
         axis.set_ylim(-0.02, 1.08)
-        axis.set_xlim(min(-0.1, axis.get_xlim()[0]), max(0.5, axis.get_xlim()[1]))
+        axis.set_xlim(-0.02, max(0.5, axis.get_xlim()[1]))
     return figure
 
 
