@@ -11,7 +11,8 @@ One run, the same prompts, the same sampling noise:
     system_prompt    the model told to refuse, in words of increasing strength
 
 A request that a defence leaves alone is the base model's, token for token, so it is not run again.
-Verdicts are string matches (guard/refusal.py): read the completions.
+Verdicts are string matches (guard/refusal.py): read the completions. Text that comes apart counts
+as not refused; its share stands beside.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ def rates(result: CalibrationResult) -> Figure:
     for row, group in enumerate(result.tested):
         for side, offset, face in (("base", -0.14, "none"), ("guarded", 0.14, None)):
             share = found[f"{group}_refused_{side}"]
-            colour = _GROUPS[_words(group)]
+            colour = _GROUPS.get(_words(group), NEUTRAL)
             axis.errorbar(
                 share.value,
                 row + offset,

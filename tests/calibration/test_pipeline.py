@@ -423,6 +423,15 @@ def test_the_html_report_draws_the_frontier_and_names_the_chosen_point(done: Don
     assert page.text.count("0.50 [0.25, 0.75] n=40") == 8
 
 
+def test_the_html_report_shows_candidates_of_every_family(done: Done) -> None:
+    first, *others = done.result.effects["raise"]
+    refined = replace(first, candidate=replace(first.candidate, family="gradient_refined"))
+    effects = {**done.result.effects, "raise": [refined, *others]}
+    text = Page(html_page(replace(done.result, effects=effects))).text
+    assert re.search(r"gradient refined[^(\n]*\(n=1\)", text)
+    assert re.search(r"difference in means[^(\n]*\(n=\d+\)", text)
+
+
 def test_the_responses_to_read_begin_with_changed_verdicts_of_all_groups(done: Done) -> None:
     chosen = worth_reading(done.result.tested)
     assert len(chosen) == 20
