@@ -36,6 +36,7 @@ from calibration.causal import (
 from calibration.config import CalibrationConfig
 from calibration.directions import Candidate, category_subspaces, difference_in_means
 from calibration.evaluate import Answered, answer_pairs, compare
+from calibration.frontier import FrontierPoint
 from calibration.gate_fit import (
     Labelled,
     Probe,
@@ -123,6 +124,7 @@ class CalibrationResult:
         probe: the fitted gate.
         tested: held-out prompts answered with and without the guard, by group.
         seconds: time by stage.
+        frontier: refusal beside over-refusal under each policy that was tried, if any was.
     """
 
     artifact: CarrierArtifact
@@ -133,6 +135,7 @@ class CalibrationResult:
     probe: Probe
     tested: dict[str, list[Answered]]
     seconds: dict[str, float] = field(default_factory=dict)
+    frontier: list[FrontierPoint] = field(default_factory=list)
 
     @property
     def artifact_id(self) -> str:

@@ -1,32 +1,31 @@
-"""The calibration report: one Markdown page and four pictures."""
+"""The calibration report: a Markdown page with four pictures, and one HTML file with everything."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from calibration.causal import Effect, Sign
+from calibration import figures
 from calibration.evaluate import Answered
-from calibration.pipeline import CalibrationResult, Choice
+from calibration.figures import best_control
+from calibration.html_report import html_page
+from calibration.pipeline import CalibrationResult
 from guard.artifact import Interval, write_atomically
 from guard.errors import InputError
 from guard.refusal import Verdict
 
 __all__ = ["write_report"]
 
-RAISE, LOWER, NEUTRAL, CONTROL = "#b3402a", "#2a6fb3", "#7a7a7a", "#c9c9c9"
-_COLOURS: dict[Sign, str] = {"raise": RAISE, "lower": LOWER}
-_GROUPS = {"harmful": RAISE, "hard benign": "#d9a13b", "ordinary benign": LOWER}
+_PICTURES: dict[str, figures.Draw] = {
+    "candidates.png": figures.candidates,
+    "layers.png": figures.layers,
+    "gate.png": figures.gate_scores,
+    "dose_response.png": figures.dose_response,
+}
 
 
 def write_report(result: CalibrationResult, folder: Path) -> Path:
-    """Write report.md and its pictures; return the page's path.
+    """Write report.html, report.md and its pictures; return the path of the latter page.
 
     Raises:
         InputError: the folder cannot be made.
@@ -36,152 +35,12 @@ def write_report(result: CalibrationResult, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise InputError(f"{folder}: cannot write the report: {err.strerror or err}") from err
-    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        _save(_candidates_figure(result), folder / "candidates.png")
-        _save(_layers_figure(result), folder / "layers.png")
-        _save(_gate_figure(result), folder / "gate.png")
-        _save(_dose_figure(result), folder / "dose_response.png")
+    for name, draw in _PICTURES.items():
+        write_atomically(folder / name, figures.png(draw, result))
+    write_atomically(folder / "report.html", html_page(result).encode())
     page = folder / "report.md"
     write_atomically(page, _markdown(result).encode())
     return page
-
-
-def _save(figure: Figure, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=140, bbox_inches="tight")
-    write_atomically(path, picture.getvalue())
-
-
-def _panels(n: int, width: float = 4.6, height: float = 3.6) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width * n, height), layout="constrained")
-    axes = figure.subplots(1, n, squeeze=False)[0]
-    return figure, list(axes)
-
-
-def _candidates_figure(result: CalibrationResult) -> Figure:
-    """KL at full strength against the refusal shift at equal KL, a point a candidate."""
-    figure, axes = _panels(2)
-    price = result.artifact.manifest.safe_kl_nats
-    for axis, sign in zip(axes, _signs(), strict=True):
-        effects = result.effects[sign]
-        able = [e for e in effects if e.can_spend]
-        unable = [e for e in effects if not e.can_spend]
-        for group, marker, label in ((able, "o", "can spend"), (unable, "x", "cannot spend")):
-            points = axis.scatter(
-                [max(e.full_kl, 1e-5) for e in group],
-                [e.shift.value for e in group],
-                c=[e.candidate.layer for e in group],
-                vmin=0,
-                vmax=max((e.candidate.layer for e in effects), default=1),
-                marker=marker,
-                cmap="viridis",
-                s=22,
-                alpha=0.85,
-                label=f"{label} {price:g} nats (n={len(group)})",
-            )
-            if group is able:
-                figure.colorbar(points, ax=axis, label="layer")
-        choice = result.chosen.get(sign)
-        if choice is not None:
-            control = _best_control(choice)
-            axis.axhline(control.value, color=NEUTRAL, lw=1, ls="--", label="best random control")
-            axis.axhspan(control.low, control.high, color=CONTROL, alpha=0.5, lw=0)
-            axis.scatter(
-                [choice.effect.full_kl],
-                [choice.effect.shift.value],
-                s=130,
-                facecolors="none",
-                edgecolors=_COLOURS[sign],
-                linewidths=2,
-                label=f"chosen: layer {choice.effect.candidate.layer}",
-            )
-        axis.set_xscale("log")
-        axis.set_xlabel("mean KL on safe prompts at full strength, nats")
-        axis.set_ylabel(f"refusal-logit shift at {price:g} nats")
-        axis.set_title(f"{sign} refusal")
-        axis.legend(fontsize=7, frameon=False)
-    return figure
-
-
-def _layers_figure(result: CalibrationResult) -> Figure:
-    """Best effect of each layer at equal KL, with its interval, beside the best control."""
-    figure, axes = _panels(2)
-    price = result.artifact.manifest.safe_kl_nats
-    for axis, sign in zip(axes, _signs(), strict=True):
-        best: dict[int, Effect] = {}
-        for effect in result.effects[sign]:
-            layer = effect.candidate.layer
-            if effect.can_spend and (
-                layer not in best or effect.shift.value > best[layer].shift.value
-            ):
-                best[layer] = effect
-        layers = sorted(best)
-        values = np.array([best[k].shift.value for k in layers])
-        errors = np.array(
-            [[v - best[k].shift.low, best[k].shift.high - v] for k, v in zip(layers, values)]  # noqa: B905
-        ).T.clip(min=0.0)
-        if layers:
-            axis.errorbar(layers, values, yerr=errors, color=_COLOURS[sign], marker="o", ms=4, lw=1)
-        choice = result.chosen.get(sign)
-        if choice is not None:
-            control = _best_control(choice)
-            axis.axhspan(control.low, control.high, color=CONTROL, lw=0, label="best control")
-            axis.axvline(choice.effect.candidate.layer, color=NEUTRAL, ls=":", label="chosen layer")
-            axis.legend(fontsize=7, frameon=False, loc="lower right")
-        axis.set_xlabel("layer")
-        axis.set_ylabel(f"refusal-logit shift at {price:g} nats")
-        axis.set_title(f"{sign}: best position of each layer (95 % interval)")
-    return figure
-
-
-def _gate_figure(result: CalibrationResult) -> Figure:
-    """Score histograms of held-out prompts by stratum, with both thresholds."""
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-    axes = figure.subplots(len(result.scores), 1, sharex=True)
-    gate = result.artifact.manifest.gate
-    everything = np.concatenate([scores.numpy() for scores in result.scores.values()])
-    bins = np.linspace(everything.min(), everything.max(), 41)
-    for axis, (group, scores) in zip(axes, result.scores.items(), strict=True):
-        axis.hist(scores.numpy(), bins=bins, color=_GROUPS[group], alpha=0.85)
-        axis.set_ylabel(f"{group}\n(n={len(scores)})")
-        axis.axvline(gate.raise_above, color=RAISE, ls="--", lw=1.2)
-        if gate.lower_below is not None:
-            axis.axvline(gate.lower_below, color=LOWER, ls="--", lw=1.2)
-    axes[0].set_title(
-        f"gate scores on held-out prompts: lower left of blue (δ={gate.delta:g}),"
-        f" raise right of red (α={gate.alpha:g})",
-        fontsize=9,
-    )
-    axes[-1].set_xlabel(
-        f"probe logit at layer {gate.layer}, prompt positions {', '.join(map(str, gate.positions))}"
-    )
-    return figure
-
-
-def _dose_figure(result: CalibrationResult) -> Figure:
-    """Refusal probability of the target prompts against the nats it costs them."""
-    figure, axes = _panels(2)
-    for sign, choice in result.chosen.items():
-        doses = choice.doses.numpy()
-        axes[0].plot(doses[:, 2], doses[:, 3], color=_COLOURS[sign], marker="o", ms=3, label=sign)
-        axes[1].plot(doses[:, 1], doses[:, 3], color=_COLOURS[sign], marker="o", ms=3, label=sign)
-    axes[0].set_xlabel("mean KL(mixed ‖ base) of the steered prompts, nats")
-    axes[1].set_xlabel("mean KL(mixed ‖ base) of safe prompts, nats")
-    for axis in axes:
-        axis.set_ylabel("refusal probability, first token")
-        axis.set_ylim(-0.02, 1.02)
-        axis.legend(fontsize=7, frameon=False, title="targets")
-    axes[0].set_title("dose-response: validation prompts to be steered")
-    axes[1].set_title("the same dose on safe prompts")
-    return figure
-
-
-def _best_control(choice: Choice) -> Interval:
-    return max((c.shift for c in choice.admission.at_kl), key=lambda shift: shift.value)
-
-
-def _signs() -> tuple[Sign, Sign]:
-    return ("raise", "lower")
 
 
 def _markdown(result: CalibrationResult) -> str:
@@ -212,7 +71,7 @@ def _markdown(result: CalibrationResult) -> str:
         share = spec.norm_share if spec is not None else 0.0
         lines.append(
             f"| {sign} | {effect.candidate.layer} | {effect.candidate.position} | {share:.2f} |"
-            f" {effect.shift} | {_best_control(choice)} |"
+            f" {effect.shift} | {best_control(choice)} |"
         )
     lines += [
         "",

@@ -94,6 +94,11 @@ class TransformersSubject:
         return self._suffix_ids
 
     @property
+    def tokenizer(self) -> Any:
+        """The model's, chat template included."""
+        return self._tokenizer
+
+    @property
     def runner(self) -> ShadowModel:
         """The model with its base and shadow passes."""
         return self._runner
@@ -162,8 +167,20 @@ class TransformersSubject:
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
         sessions: Sequence[GuardSession | None] | None = None,
+        temperature: float = 0.0,
+        seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """Greedy responses, the end-of-turn token left out; open sessions steer theirs."""
+        """Responses, the end-of-turn token left out; open sessions steer theirs.
+
+        Args:
+            prompts: n_rows lists of token ids.
+            max_tokens: longest response.
+            sessions: one per row, opened; None leaves a row as it is.
+            temperature: 0 is greedy.
+            seeds: one per row, for sampling. The noise of a row depends on its seed alone, so two
+                runs that differ in how they steer share it, and what is not steered stays the same.
+        """
+        noise = _Noise(seeds or range(len(prompts)), temperature, self._runner.device)
         guards: list[GuardSession | None] = list(sessions or [None] * len(prompts))
         responses: list[list[int]] = [[] for _ in prompts]
         running = [True] * len(prompts)
@@ -171,8 +188,10 @@ class TransformersSubject:
         mask = step.attention_mask
         for position in range(max_tokens):
             active = [g if on else None for g, on in zip(guards, running, strict=True)]
-            logits = guarded_logits(self._runner, step, active, position, [0.0] * len(prompts))
-            chosen = logits.argmax(-1)
+            logits = guarded_logits(
+                self._runner, step, active, position, [temperature] * len(prompts)
+            )
+            chosen = noise.choose(logits)
             for row, token in enumerate(chosen.tolist()):
                 running[row] = running[row] and token not in self._eos
                 if running[row]:
@@ -211,6 +230,29 @@ class TransformersSubject:
                 layer.__dict__.pop("update", None)
                 layer.__dict__.pop("last_returned", None)
         return prefix, cache
+
+
+class _Noise:
+    """Samples by the Gumbel-max rule: argmax(logits / T + g) is distributed as softmax(logits / T).
+
+    Args:
+        seeds: n_rows seeds.
+        temperature: 0 is greedy.
+        device: where the logits are.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
+        self._temperature = temperature
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """(n_rows,) tokens from (n_rows, vocab) logits."""
+        if self._temperature == 0:
+            return logits.argmax(-1)
+        waits = torch.empty_like(logits, dtype=torch.float32)
+        for row, generator in zip(waits, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return (logits.float() / self._temperature - waits.log()).argmax(-1)
 
 
 def _distinct_instructions(tokenizer: Any) -> list[str]:

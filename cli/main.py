@@ -126,7 +126,8 @@ def calibrate(
     ] = 0.05,
     delta: Annotated[float, typer.Option(help="Most harmful prompts that may be lowered.")] = 0.05,
     report: Annotated[
-        Path | None, typer.Option("--report", metavar="DIR", help="Write a report there.")
+        Path | None,
+        typer.Option("--report", metavar="DIR", help="Write report.html and report.md there."),
     ] = None,
     as_json: JsonOption = False,
     revision: RevisionOption = None,

@@ -15,7 +15,8 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from calibration.capture import WorkFolder, capture_hidden
 from calibration.config import CalibrationConfig
 from calibration.evaluate import answer_pairs, compare
+from calibration.frontier import FrontierPoint
+from calibration.html_report import html_page, worth_reading
 from calibration.pipeline import CalibrationResult, calibrate, calibrate_subject, gather_prompts
 from calibration.progress import Progress, Silent
 from calibration.prompts import datasets_sha256, split_prompts
 from calibration.report import write_report
 from calibration.transformers_subject import TransformersSubject, load_subject
 from cli.main import main
-from guard.artifact import CarrierArtifact, load_artifact, save_artifact
+from guard.artifact import CarrierArtifact, Interval, load_artifact, save_artifact
 from guard.errors import ArtifactError, NoAdmissibleCarrierError
 from guard.gate import Zone, gate_position, probe_score
 from guard.policy import Policy
@@ -344,6 +347,97 @@ def test_the_report_shows_refusal_beside_over_refusal_and_names_the_guard(done: 
         assert f"| {row} |" in page
     for note in done.result.notes:
         assert note in page
+
+
+class Page(HTMLParser):
+    """What an HTML page holds: its elements with their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Called by the parser."""
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        """Called by the parser."""
+        self.text += data
+
+    def values(self, *names: str) -> list[str]:
+        """Of these attributes, wherever they stand."""
+        found = (attributes.get(name) for _, attributes in self.elements for name in names)
+        return [value for value in found if value is not None]
+
+
+def test_the_html_report_is_one_file_that_fetches_and_runs_nothing(done: Done) -> None:
+    text = (done.report / "report.html").read_text()
+    page = Page(text)
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    assert not re.search(r"@import|url\((?!#)", text)
+    for target in page.values("href", "xlink:href", "src"):
+        assert target.startswith(("#", "data:image/png;base64,")), target
+    assert sum(tag == "svg" for tag, _ in page.elements) == 6
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    assert {target[1:] for target in page.values("xlink:href") if target[0] == "#"} <= set(ids)
+    assert text.count("currentColor") > 100  # axes and their text are seen in the dark, too
+
+
+def test_the_html_report_says_what_the_markdown_says(done: Done) -> None:
+    page = Page((done.report / "report.html").read_text())
+    gate = done.artifact.manifest.gate
+    assert done.result.artifact_id in page.text
+    for value in gate.measurements.values():
+        shown = f"[{value.low:.2f}, {value.high:.2f}] n={value.n}"
+        assert f"{value.value:.2f} {shown}" in page.text
+    for name, value in done.artifact.manifest.geometry.items():
+        assert name.replace("_", " ") in page.text
+        assert f"{value:.4g}" in page.text
+    assert gate.guarantee in page.text
+    assert all(name in page.text for name in ("difference in means", "random controls"))
+    assert "Frontier" not in page.text
+
+
+def test_the_html_report_escapes_what_users_and_models_wrote(done: Done) -> None:
+    nasty = "<script>alert('&amp;')</script>\n<b>"
+    result = replace(done.result, tested={}, notes=[nasty])
+    for group, pairs in done.result.tested.items():
+        result.tested[group] = [replace(p, prompt=nasty, guarded=nasty) for p in pairs]
+    page = Page(html_page(result))
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert page.text.count(nasty) == 1 + 2 * len(worth_reading(result.tested))
+
+
+def test_the_html_report_draws_the_frontier_and_names_the_chosen_point(done: Done) -> None:
+    share = Interval(value=0.5, low=0.25, high=0.75, n=40)
+    point = FrontierPoint("small", 0.5, 1.0, 16, share, share, share, share, chosen=False)
+    points = [point, replace(point, name="large <4>", raise_budget_nats=4.0, chosen=True)]
+    page = Page(html_page(replace(done.result, frontier=points)))
+    assert sum(tag == "svg" for tag, _ in page.elements) == 7
+    assert re.search(r"large <4> chosen\s*4 / 1", page.text)
+    assert page.text.count("small") >= 3  # twice in the picture, once in the table
+    assert page.text.count("0.50 [0.25, 0.75] n=40") == 8
+
+
+def test_the_html_report_shows_candidates_of_every_family(done: Done) -> None:
+    first, *others = done.result.effects["raise"]
+    refined = replace(first, candidate=replace(first.candidate, family="gradient_refined"))
+    effects = {**done.result.effects, "raise": [refined, *others]}
+    text = Page(html_page(replace(done.result, effects=effects))).text
+    assert re.search(r"gradient refined[^(\n]*\(n=1\)", text)
+    assert re.search(r"difference in means[^(\n]*\(n=\d+\)", text)
+
+
+def test_the_responses_to_read_begin_with_changed_verdicts_of_all_groups(done: Done) -> None:
+    chosen = worth_reading(done.result.tested)
+    assert len(chosen) == 20
+    changed = [pair.base_verdict != pair.record.verdict for pair in chosen]
+    assert changed == sorted(changed, reverse=True)
+    assert {pair.record.zone for pair in chosen[:2]} == {Zone.RAISE, Zone.LOWER}
 
 
 # --- no guard -------------------------------------------------------------------------------------
