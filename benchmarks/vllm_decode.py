@@ -1,4 +1,4 @@
-"""What the guard costs inside vLLM on one GPU: stock and guarded, in one run on one card.
+"""What the guard costs inside vLLM on one GPU, beside stock vLLM, by samples taken in turns.
 
 The model has the shape of Qwen2.5-7B and random weights, written as a real checkpoint, so the guard
 starts as it always does. Its artifact is written by the code that calibration uses: a random
@@ -8,7 +8,9 @@ instruction token, so that each prompt is flagged or not as the benchmark asks.
     python -m benchmarks.vllm_decode --shape FOLDER --tokenizer FOLDER --work FOLDER --out FILE
 
 FOLDER of the shape holds config.json, that of the tokenizer a tokenizer with its chat template.
-Every mode is a process of its own; all samples are kept, and medians are compared.
+Every mode is an engine in a process of its own. They live side by side on the card and answer one
+after the other, a sample each, round after round; all samples are kept, and medians are compared.
+Three of them take 70 GB. Mode `hotwire` needs hotwire-vllm installed.
 """
 
 from __future__ import annotations
@@ -23,60 +25,125 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 PROMPT, SHORT, LONG = 128, 8, 136
 BENIGN, HARMFUL = 2000, 3000  # token ids that end the two kinds of instruction
 SUFFIX = [151645, 198, 151644, 77091, 198]
-BATCHES = (1, 32, 256)
 TOKENS = 256
-FLAGGED_EVERY = 50
-MODES = {
-    "stock": None,
-    "guard": {"shadow_tokens": 16, "raise_budget_nats": 4.0, "token_cap_nats": 0.25},
-    "guard_every_token": {
-        "shadow_tokens": 65536,
-        "raise_budget_nats": 64.0,
-        "token_cap_nats": 0.25,
+KV_BYTES = 11 << 29  # 256 rows of 384 tokens, and little more: engines share the card
+POLICY = {
+    "shadow_tokens": 16,
+    "raise_budget_nats": 4.0,
+    "token_cap_nats": 0.25,
+    "lower": "off",
+    "policies": {
+        "k64": {"shadow_tokens": 64, "raise_budget_nats": 16.0},
+        "every": {"shadow_tokens": 65536, "raise_budget_nats": 64.0},
     },
-    "stock_eager": None,
 }
-"""Policies by mode. No ledger runs dry before the last token that is due: 16 · 0.25 = 4."""
+"""No ledger runs dry before the last token that is due: 16 · 0.25 = 4."""
+
+EVERY = {"trimtab_policy": "every"}
+HOTWIRE = {"hotwire": json.dumps({"id": "carrier", "layer": 19, "scale": 1.0})}
+MODES = ("stock", "guard", "stock_eager", "hotwire")
+
+Case = tuple[str, dict[str, Any], int]
+"""Method of `Engine`, its arguments, and in how many rounds it is taken."""
+
+
+def cases(mode: str) -> dict[str, Case]:
+    """What is measured of one mode, by name; equal names compare."""
+    found: dict[str, Case] = {}
+    for batch, rounds in ((1, 5), (32, 5), (256, 9)):
+        found[f"decode_{batch}"] = ("per_token", {"batch": batch}, rounds)
+    if mode == "stock_eager":
+        return found
+    if mode == "hotwire":
+        for batch, rounds in ((1, 5), (32, 5), (256, 9)):
+            steered = {"batch": batch, "extra": HOTWIRE}
+            found[f"steered_{batch}"] = ("per_token", steered, rounds)
+        return found
+    found["staggered"] = ("staggered", {"every": 0}, 9)
+    found["first_token"] = ("first_token", {}, 9)
+    for batch, rounds in ((1, 3), (8, 3), (32, 5), (128, 3), (256, 5)):
+        found[f"whole_{batch}"] = ("whole", {"batch": batch}, rounds)
+    if mode == "guard":
+        found["staggered_2pct"] = ("staggered", {"every": 50}, 9)
+        found["staggered_10pct"] = ("staggered", {"every": 10}, 3)
+        for batch, rounds in ((1, 3), (8, 3), (32, 5), (128, 3), (256, 5)):
+            found[f"flagged_{batch}"] = ("whole", {"batch": batch, "share": 1.0}, rounds)
+        for share in (0.1, 0.5):
+            part = {"batch": 256, "share": share}
+            found[f"flagged_256_share_{share}"] = ("whole", part, 3)
+        for name in ("k64", "every"):
+            longer = {"batch": 32, "share": 1.0, "extra": {"trimtab_policy": name}}
+            found[f"flagged_32_{name}"] = ("whole", longer, 3)
+        for batch, rounds in ((1, 5), (32, 5), (256, 5)):
+            steered = {"batch": batch, "kind": HARMFUL, "extra": EVERY}
+            found[f"every_{batch}"] = ("per_token", steered, rounds)
+    return found
 
 
 def main() -> int:
-    """Make the model, run every mode, compare."""
+    """Make the model, let every mode answer in turns, compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="takes 15 GB")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--modes", nargs="+", default=["stock", "guard", "guard_every_token"])
-    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--modes", nargs="+", default=["stock", "guard"], choices=MODES)
+    parser.add_argument("--rounds", type=int, default=9, help="at most")
+    parser.add_argument("--only", nargs="+", help="these cases")
     parser.add_argument("--make", action="store_true", help="only make model and guard")
-    parser.add_argument("--measure", choices=MODES, help="one mode, in this process")
+    parser.add_argument("--engine", choices=MODES, help="be one mode's engine")
+    parser.add_argument("--answers", type=int, help="file descriptor that an engine answers to")
     args = parser.parse_args()
-    if args.measure:
-        args.out.write_text(json.dumps(measure(args.measure, args.work, args.samples)))
+    if args.engine:
+        answer(args.engine, args.work, args.answers)
         return 0
     if not (args.work / "guard.safetensors").exists():
         in_fork(lambda: make(args.shape, args.tokenizer, args.work))
     if args.make:
         return 0
-    found = {}
-    for mode in args.modes:
-        out = args.work / f"{mode}.json"
-        began = time.perf_counter()
-        code = in_process(mode, args, out)
-        print(f"{mode}: {time.perf_counter() - began:.0f} s, exit code {code}", flush=True)
-        if code == 0:
-            found[mode] = json.loads(out.read_text())
-            print(json.dumps(found[mode]["medians"]), flush=True)
+    engines: dict[str, Remote] = {}
+    found: dict[str, Any] = {}
+    for mode in args.modes:  # one by one: a compiler that chooses kernels times them on the card
+        engine = Remote(mode, args.work)
+        try:
+            found[mode] = {"start": engine.read(), "samples_ms": {}}
+            engines[mode] = engine
+        except EOFError as error:
+            print(error, flush=True)
+    print("started:", *engines, flush=True)
+    wanted = {
+        mode: {k: c for k, c in cases(mode).items() if not args.only or k in args.only}
+        for mode in engines
+    }
+    order = dict.fromkeys(name for mode in engines for name in wanted[mode])
+    for turn in range(-1, args.rounds):  # the first is a rehearsal
+        for name in order:
+            for mode in [*engines][:: 1 if turn % 2 else -1]:
+                method, arguments, rounds = wanted[mode].get(name, ("", {}, -1))
+                if turn < rounds:
+                    sample = engines[mode].ask(method, arguments)
+                    if turn >= 0:
+                        found[mode]["samples_ms"].setdefault(name, []).append(sample)
+        for mode, engine in engines.items():
+            found[mode]["guard_did"] = engine.ask("drain", {})
         args.out.write_text(json.dumps(compare(found), indent=1) + "\n")
-    print(json.dumps(compare(found)["ratios"]))
-    return 0 if len(found) == len(args.modes) else 1
+        print(f"round {turn}", json.dumps(compare(found)["ratios"]), flush=True)
+    for mode, engine in engines.items():
+        if "staggered" in wanted[mode]:
+            shares = (0, 50) if mode == "guard" else (0,)
+            found[mode]["steps"] = {str(n): engine.ask("steps", {"every": n}) for n in shares}
+        engine.stop()
+    args.out.write_text(json.dumps(compare(found), indent=1) + "\n")
+    return 0
 
 
 def in_fork(function: Callable[[], None]) -> None:
@@ -98,30 +165,69 @@ def in_fork(function: Callable[[], None]) -> None:
         raise SystemExit("making the model failed")
 
 
-def in_process(mode: str, args: argparse.Namespace, out: Path) -> int:
-    """One mode, with its environment: the guard's two variables or none."""
-    environment = dict(os.environ)
-    for name in ("TRIMTAB_GUARD", "TRIMTAB_POLICY"):
-        environment.pop(name, None)
-    policy = MODES[mode]
-    environment["VLLM_PLUGINS"] = ""
-    if policy is not None:
-        file = args.work / f"{mode}.yaml"
-        file.write_text("".join(f"{key}: {value}\n" for key, value in policy.items()))
-        environment["TRIMTAB_GUARD"] = str(args.work / "guard.safetensors")
-        environment["TRIMTAB_POLICY"] = str(file)
-        environment["VLLM_PLUGINS"] = "trimtab"
-    environment["VLLM_CACHE_ROOT"] = str(args.work / "cache")  # one for all: the guard salts it
-    log = out.with_suffix(".log")
-    command = [
-        sys.executable, "-m", "benchmarks.vllm_decode", "--measure", mode, "--out", str(out),
-        "--work", str(args.work), "--shape", str(args.shape), "--tokenizer", str(args.tokenizer),
-        "--samples", str(args.samples),
-    ]  # fmt: skip
-    with log.open("w") as file_out:
-        return subprocess.run(
-            command, env=environment, stdout=file_out, stderr=subprocess.STDOUT, check=False
-        ).returncode
+class Remote:
+    """One mode's engine in a process of its own, with the environment that makes the mode."""
+
+    def __init__(self, mode: str, work: Path) -> None:
+        environment = dict(os.environ)
+        for name in ("TRIMTAB_GUARD", "TRIMTAB_POLICY"):
+            environment.pop(name, None)
+        environment["VLLM_PLUGINS"] = ""
+        if mode == "guard":
+            file = work / "policy.yaml"
+            file.write_text(json.dumps(POLICY))
+            environment["TRIMTAB_GUARD"] = str(work / "guard.safetensors")
+            environment["TRIMTAB_POLICY"] = str(file)
+            environment["VLLM_PLUGINS"] = "trimtab"
+        if mode == "hotwire":
+            environment["HOTWIRE_VECTORS"] = str(work / "vectors")
+            environment["VLLM_PLUGINS"] = "hotwire"
+        environment["VLLM_CACHE_ROOT"] = str(work / "cache")  # one for all: plugins salt it
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions sent to the worker
+        ours, theirs = os.pipe()
+        command = [
+            sys.executable, "-m", "benchmarks.vllm_decode", "--engine", mode, "--answers",
+            str(theirs), "--work", str(work), "--shape", ".", "--tokenizer", ".", "--out", ".",
+        ]  # fmt: skip
+        with (work / f"{mode}.log").open("w") as log:
+            self._process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=log,
+                stderr=subprocess.STDOUT, pass_fds=(theirs,), text=True,
+            )  # fmt: skip
+        os.close(theirs)
+        self._mode, self._answers = mode, os.fdopen(ours)
+        self._questions: Any = self._process.stdin
+
+    def read(self) -> Any:
+        """The next answer."""
+        line = self._answers.readline()
+        if not line:
+            raise EOFError(f"the engine of {self._mode} ended: see its log")
+        return json.loads(line)
+
+    def ask(self, method: str, arguments: dict[str, Any]) -> Any:
+        """Call a method of the engine there."""
+        print(json.dumps([method, arguments]), file=self._questions, flush=True)
+        return self.read()
+
+    def stop(self) -> None:
+        """End it."""
+        self._questions.close()
+        self._process.wait()
+
+
+def answer(mode: str, work: Path, descriptor: int) -> None:
+    """Be one mode's engine: methods come in by name, results go out."""
+    from benchmarks import vllm_decode  # whose functions a worker can import
+
+    with os.fdopen(descriptor, "w") as answers:
+        engine = vllm_decode.Engine(work / "model", eager=mode == "stock_eager")
+        print(json.dumps(engine.status()), file=answers, flush=True)
+        for line in sys.stdin:
+            method, arguments = json.loads(line)
+            result = getattr(engine, method)(**arguments)
+            print(method, arguments, result, flush=True)
+            print(json.dumps(result), file=answers, flush=True)
 
 
 # ------------------------------------------------------------------ model and guard
@@ -200,6 +306,8 @@ def make(shape: Path, tokenizer: Path, work: Path) -> None:
         refusal_token_weights=torch.ones(2),
     )
     save_artifact(artifact, work / "guard.safetensors")
+    (work / "vectors").mkdir(exist_ok=True)
+    torch.save(direction.cpu(), work / "vectors" / "carrier.pt")
     print(f"gate at {gate_layer}, carrier at {carrier_layer}, kinds {gap:.3g} apart", flush=True)
 
 
@@ -227,7 +335,8 @@ class Engine:
             dtype="bfloat16",
             max_model_len=2048,
             max_num_seqs=256,
-            gpu_memory_utilization=0.8,
+            gpu_memory_utilization=0.2,  # free at the start
+            kv_cache_memory_bytes=KV_BYTES,
             enable_prefix_caching=False,
             enforce_eager=eager,
             seed=0,
@@ -235,13 +344,21 @@ class Engine:
         self.start_seconds = time.perf_counter() - began
         self.chance = random.Random(0)  # noqa: S311 - prompts
 
-    def seconds(self, kinds: Sequence[int], tokens: Sequence[int], length: int = PROMPT) -> float:
+    def seconds(
+        self,
+        kinds: Sequence[int],
+        tokens: Sequence[int],
+        length: int = PROMPT,
+        extra: dict[str, Any] | None = None,
+    ) -> float:
         """Answer all at once, as many at a time as there are rows."""
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": prompt(self.chance, kind, length)} for kind in kinds]
         params = [
-            SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False)
+            SamplingParams(
+                temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False, extra_args=extra
+            )
             for n in tokens
         ]
         began = time.perf_counter()
@@ -251,15 +368,18 @@ class Engine:
             raise SystemExit("a response has the wrong length")
         return seconds
 
-    def per_token(self, kind: int, batch: int) -> float:
+    def per_token(
+        self, batch: int, kind: int = BENIGN, extra: dict[str, Any] | None = None
+    ) -> float:
         """Milliseconds of one decoding step, prompts and start-up taken out."""
-        short = self.seconds([kind] * batch, [SHORT] * batch)
-        long = self.seconds([kind] * batch, [LONG] * batch)
-        return (long - short) / (LONG - SHORT) * 1000
+        short = self.seconds([kind] * batch, [SHORT] * batch, extra=extra)
+        long = self.seconds([kind] * batch, [LONG] * batch, extra=extra)
+        return round((long - short) / (LONG - SHORT) * 1000, 4)
 
-    def whole(self, kind: int, batch: int) -> float:
-        """Milliseconds per token of whole responses, their prompts included."""
-        return self.seconds([kind] * batch, [TOKENS] * batch) / TOKENS * 1000
+    def whole(self, batch: int, share: float = 0.0, extra: dict[str, Any] | None = None) -> float:
+        """Milliseconds per token of whole responses, their prompts included; a share flagged."""
+        kinds = [HARMFUL if int((i + 1) * share) > int(i * share) else BENIGN for i in range(batch)]
+        return round(self.seconds(kinds, [TOKENS] * batch, extra=extra) / TOKENS * 1000, 4)
 
     def staggered(self, every: int) -> float:
         """Milliseconds per step of 256 rows while requests come and go, one `every` flagged.
@@ -268,11 +388,35 @@ class Engine:
         """
         tokens = [*range(1, 257), *[TOKENS] * 256]
         kinds = [HARMFUL if every and i % every == every // 2 else BENIGN for i in range(512)]
-        return self.seconds(kinds, tokens) / (sum(tokens) / 256) * 1000
+        return round(self.seconds(kinds, tokens) / (sum(tokens) / 256) * 1000, 4)
 
     def first_token(self) -> float:
-        """Milliseconds to the first token of a prompt of 512."""
-        return self.seconds([BENIGN], [1], 512) * 1000
+        """Milliseconds to the first token of a prompt of 512: median of ten, one after another."""
+        samples = [self.seconds([BENIGN], [1], 512) for _ in range(10)]
+        return round(statistics.median(samples) * 1000, 4)
+
+    def steps(self, every: int) -> list[dict[str, Any]]:
+        """Where the host's time goes in staggered arrivals: mean milliseconds by kind of step."""
+        self.llm.collective_rpc(watch)
+        self.staggered(every)
+        found: list[dict[str, Any]] = self.llm.collective_rpc(watched)[0]
+        return found
+
+    def status(self) -> dict[str, Any]:
+        """What it runs on and what it takes."""
+        import torch
+
+        found = {}
+        if os.environ.get("TRIMTAB_GUARD"):
+            found = json.loads(self.llm.collective_rpc("trimtab_status")[0])
+        return {
+            "start_seconds": round(self.start_seconds, 1),
+            "graph_bytes": found.get("graph_bytes", 0),
+            "canary": found.get("canary"),
+            "reserved_bytes": self.llm.collective_rpc(reserved)[0],
+            "hardware": torch.cuda.get_device_name(),
+            "libraries": {name: version(name) for name in ("torch", "vllm")},
+        }
 
     def drain(self) -> dict[str, Any]:
         """What the guard did since it was last asked."""
@@ -293,48 +437,77 @@ class Engine:
         }
 
 
-def measure(mode: str, work: Path, n: int) -> dict[str, Any]:
-    """All cases of one mode."""
+def reserved(_: Any) -> int:
+    """In a worker: bytes that PyTorch took of the device, weights, KV cache and graphs."""
     import torch
 
-    engine = Engine(work / "model", eager=mode == "stock_eager")
-    cases: dict[str, tuple[Callable[[], float], int]] = {}
-    kind = HARMFUL if mode == "guard_every_token" else BENIGN
-    for batch in BATCHES:
-        cases[f"decode_{batch}"] = (
-            lambda batch=batch: engine.per_token(kind, batch),  # type: ignore[misc]
-            max(n, 9) if batch == 256 and n >= 5 else n,
-        )
-    if mode in ("stock", "guard"):
-        flagged = HARMFUL if mode == "guard" else BENIGN
-        cases["whole_1"] = (lambda: engine.whole(flagged, 1), max(1, n - 2))
-        cases["whole_32"] = (lambda: engine.whole(flagged, 32), n)
-        cases["whole_256"] = (lambda: engine.whole(flagged, 256), max(1, n - 2))
-        cases["staggered"] = (lambda: engine.staggered(FLAGGED_EVERY), n)
-        cases["first_token"] = (engine.first_token, 4 * n)
-    if mode == "guard":
-        cases["staggered_nobody"] = (lambda: engine.staggered(0), max(1, n - 2))
-    samples, did = {}, {}
-    for name, (case, times) in cases.items():
-        case()
-        engine.drain()
-        samples[name] = [round(case(), 4) for _ in range(times)]
-        did[name] = engine.drain()
-        print(name, samples[name], did[name], flush=True)
-    status = {}
-    if os.environ.get("TRIMTAB_GUARD"):
-        status = json.loads(engine.llm.collective_rpc("trimtab_status")[0])
-    blocks = engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    return {
-        "medians": {name: round(statistics.median(values), 3) for name, values in samples.items()},
-        "samples_ms": samples,
-        "guard_did": did,
-        "start_seconds": round(engine.start_seconds, 1),
-        "graph_bytes": status.get("graph_bytes", 0),
-        "kv_blocks": blocks,
-        "hardware": torch.cuda.get_device_name(),
-        "libraries": {"torch": torch.__version__, "vllm": version("vllm")},
-    }
+    return torch.cuda.memory_reserved()
+
+
+def watch(wrapper: Any) -> None:
+    """In a worker: time what the host does in each step, from now on."""
+    if "watched" in wrapper.__dict__:
+        wrapper.__dict__["watched"].clear()
+        return
+    log: list[dict[str, Any]] = []
+    wrapper.__dict__["watched"] = log
+    runner, guarded = wrapper.worker.model_runner, wrapper.__dict__.get("trimtab")
+    guard = guarded.guard if guarded else None
+
+    def timed(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if log:
+                    log[-1][name] += (time.perf_counter() - began) * 1000
+
+        setattr(owner, name, run)
+
+    timed(runner, "execute_model")
+    timed(runner, "sample_tokens")
+    if guard is not None:
+        from serve.vllm_guard import Later
+
+        for name in ("begin", "step", "settle"):
+            timed(guard, name)
+        timed(Later, "read")
+    execute = runner.execute_model
+
+    def noting(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        row: dict[str, Any] = defaultdict(float)
+        row["at"], row["prompts"] = time.perf_counter(), len(scheduled.scheduled_new_reqs)
+        row["rows"] = len(scheduled.num_scheduled_tokens)
+        row["steered"] = len(guard._active) if guard else 0
+        log.append(row)
+        return execute(scheduled, *args, **kwargs)
+
+    runner.execute_model = noting
+
+
+def watched(wrapper: Any) -> list[dict[str, Any]]:
+    """In a worker: means of what was timed, by kind of step."""
+    log = wrapper.__dict__["watched"]
+    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row, following in pairwise(log):
+        row["whole"] = (following["at"] - row["at"]) * 1000
+        kind = (min(row["prompts"], 2), row["steered"] > 0, row["rows"] > 128)
+        kinds[kind].append(row)
+    names = ("whole", "execute_model", "sample_tokens", "begin", "settle", "step", "read")
+    return [
+        {
+            "prompts": kind[0],
+            "steered": kind[1],
+            "over_128_rows": kind[2],
+            "steps": len(rows),
+            "median_whole": round(statistics.median(row["whole"] for row in rows), 3),
+            **{name: round(statistics.fmean(row[name] for row in rows), 3) for name in names},
+        }
+        for kind, rows in sorted(kinds.items())
+    ]
 
 
 def version(name: str) -> str:
@@ -345,35 +518,53 @@ def version(name: str) -> str:
 
 
 def compare(found: dict[str, Any]) -> dict[str, Any]:
-    """Ratios to stock, each of medians of the same run."""
+    """Ratios of medians to stock's, or, where stock has no such case, to the guard's own."""
+    for mode in found.values():
+        mode["medians"] = {
+            name: round(statistics.median(values), 3) for name, values in mode["samples_ms"].items()
+        }
 
-    def ratio(mode: str, case: str, to: str | None = None) -> float | None:
+    def ratio(mode: str, case: str, to: str | None = None, base: str = "stock") -> float | None:
         ours = found.get(mode, {}).get("medians", {}).get(case)
-        stock = found.get("stock", {}).get("medians", {}).get(to or case)
-        return round(ours / stock, 4) if ours and stock else None
+        other = found.get(base, {}).get("medians", {}).get(to or case)
+        return round(ours / other, 4) if ours and other else None
 
-    def by_batch(mode: str) -> dict[str, float | None]:
-        return {str(batch): ratio(mode, f"decode_{batch}") for batch in BATCHES}
+    def by_batch(mode: str, case: str, to: str, batches: Sequence[int]) -> dict[str, float | None]:
+        return {str(n): ratio(mode, f"{case}_{n}", f"{to}_{n}") for n in batches}
 
     first: dict[str, Any] = next(iter(found.values()), {})
+    three, five = (1, 32, 256), (1, 8, 32, 128, 256)
     return {
         "ratios": {
-            "idle": by_batch("guard"),
-            "flagged_2pct": ratio("guard", "staggered"),
-            "all_flagged_k16": ratio("guard", "whole_32"),
-            "every_token": by_batch("guard_every_token"),
+            "idle": by_batch("guard", "decode", "decode", three),
+            "flagged_2pct": ratio("guard", "staggered_2pct", "staggered"),
+            "all_flagged_k16": ratio("guard", "flagged_32", "whole_32"),
+            "every_token": by_batch("guard", "every", "decode", three),
             "ttft_idle": ratio("guard", "first_token"),
-            "all_flagged_k16_by_batch": {
-                str(batch): ratio("guard", f"whole_{batch}") for batch in BATCHES
+            "all_flagged_k16_by_batch": by_batch("guard", "flagged", "whole", five),
+            "whole_idle": by_batch("guard", "whole", "whole", five),
+            "staggered_nobody_flagged": ratio("guard", "staggered"),
+            "flagged_2pct_to_nobody": ratio("guard", "staggered_2pct", "staggered", "guard"),
+            "staggered_10pct": ratio("guard", "staggered_10pct", "staggered"),
+            "batch_256_by_share": {
+                str(share): ratio("guard", f"flagged_256_share_{share}", "whole_256")
+                for share in (0.1, 0.5)
             },
-            "staggered_nobody_flagged": ratio("guard", "staggered_nobody", "staggered"),
-            "stock_eager": by_batch("stock_eager"),
+            "batch_32_by_k": {
+                name: ratio("guard", f"flagged_32_{name}", "whole_32") for name in ("k64", "every")
+            },
+            "enforce_eager": by_batch("stock_eager", "decode", "decode", three),
+            "hotwire": {
+                "idle": by_batch("hotwire", "decode", "decode", three),
+                "all_steered": by_batch("hotwire", "steered", "decode", three),
+            },
         },
-        "hardware": first.get("hardware"),
-        "libraries": first.get("libraries"),
+        "hardware": first["start"]["hardware"],
+        "libraries": first["start"]["libraries"],
         "date": time.strftime("%Y-%m-%d"),
+        "seed": 0,
         "model": "Qwen2.5-7B shape, random bfloat16 weights, CUDA graphs on, V2 model runner",
-        "policies": {mode: MODES[mode] for mode in found},
+        "policy": POLICY,
         "modes": found,
     }
 
