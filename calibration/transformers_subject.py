@@ -189,21 +189,23 @@ class TransformersSubject:
         return list(ids)
 
     def _shared_prefix(self) -> tuple[list[int], Any]:
-        """What the template puts before every instruction, and its KV cache."""
+        """What the template puts before every instruction, and its KV cache.
+
+        Nothing for a model with sliding windows: a window counts the padding that stands between
+        the prefix and a short prompt, and would no longer reach as far back as it should.
+        """
+        cache = DynamicCache(config=self._config)
+        if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+            return [], cache
         samples = [self._template(text) for text in self._samples]
         prefix: list[int] = []
         for tokens in zip(*samples, strict=False):
             if len(set(tokens)) > 1:
                 break
             prefix.append(tokens[0])
-        cache = DynamicCache(config=self._config)
         if prefix:
             ids = torch.tensor([prefix], device=self._runner.device)
             self._runner.base(ids, torch.ones_like(ids), cache)
-            for layer in cache.layers:
-                # Recording is per cache; the copies made of this one record for themselves.
-                layer.__dict__.pop("update", None)
-                layer.__dict__.pop("last_returned", None)
         return prefix, cache
 
 
