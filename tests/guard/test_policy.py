@@ -35,6 +35,9 @@ def test_an_absent_or_empty_file_gives_the_documented_defaults(tmp_path: Path) -
         ("mode: maybe", "mode"),
         ("- a list", "mapping"),
         ("a: [", "cannot read"),
+        ("steer_from: thinking", "steer_from"),
+        ("steer_from: answer\nanswer_marker: ' '", "answer_marker"),
+        ("answer_marker: </think>", "no effect without steer_from: answer"),
     ],
 )
 def test_a_wrong_policy_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:
@@ -54,6 +57,19 @@ def test_an_unquoted_off_is_the_word_and_not_yamls_false(tmp_path: Path) -> None
     path = tmp_path / "policy.yaml"
     path.write_text("mode: off\nlower: off\n")
     assert (load_policy(path).mode, load_policy(path).lower) == ("off", "off")
+
+
+def test_the_start_of_steering_is_the_response_or_the_answer_of_all_published_policies(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(
+        "steer_from: answer\nanswer_marker: '[/THINK]'\npolicies: {strict: {lower: off}}\n"
+    )
+    policy = load_policy(path)
+    for each in (policy, policy.published("strict")):
+        assert (each.steer_from, each.answer_marker) == ("answer", "[/THINK]")
+    assert (Policy().steer_from, Policy().answer_marker) == ("response", None)
 
 
 # ------------------------------------------------------------------ published policies
@@ -96,6 +112,7 @@ def test_a_policy_that_is_not_published_is_the_clients_fault(name: str) -> None:
         ("mode: observe", "mode is the whole server's"),
         ("mode: off", "mode is the whole server's"),
         ("debug_fields: true", "debug_fields is the whole server's"),
+        ("steer_from: answer", "steer_from is the whole server's"),
         ("policies: {other: {}}", "publishes policies of its own"),
         ("raise_budget_nat: 8", "raise_budget_nat"),
         ("raise_budget_nats: .nan", "raise_budget_nats"),
