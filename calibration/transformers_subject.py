@@ -42,7 +42,9 @@ def load_subject(config: CalibrationConfig) -> TransformersSubject:
             " as transformers understands it"
         ) from err
     name = config.model_name or config.model
-    return TransformersSubject(model, tokenizer, name, config.revision, config.layers_path)
+    return TransformersSubject(
+        model, tokenizer, name, config.revision, config.layers_path, config.answer_opening
+    )
 
 
 class TransformersSubject:
@@ -54,6 +56,7 @@ class TransformersSubject:
         model_id: how the user named the model.
         revision: of the hub, if any.
         layers_path: dotted name of the decoder layers, where they are not found.
+        answer_opening: put behind every prompt; see `CalibrationConfig`.
 
     Raises:
         UnsupportedModelError: no chat template.
@@ -66,6 +69,7 @@ class TransformersSubject:
         model_id: str,
         revision: str | None = None,
         layers_path: str | None = None,
+        answer_opening: str = "",
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise UnsupportedModelError(
@@ -74,11 +78,13 @@ class TransformersSubject:
                 " tokenizer.chat_template and save it with the model"
             )
         self._tokenizer = tokenizer
+        opening = tokenizer(answer_opening, add_special_tokens=False)["input_ids"]
+        self._opening_ids: list[int] = list(opening)
         self._runner = ShadowModel(model, layers_path)
         self._config = model.config.get_text_config()
         self._identity = model_identity(model, tokenizer, model_id, revision)
         self._samples = _distinct_instructions(tokenizer)
-        self._suffix_ids = instruction_suffix(self._template, self._samples)
+        self._suffix_ids = instruction_suffix(self._template, self._samples) + self._opening_ids
         eos = model.generation_config.eos_token_id
         self._eos = set(eos) if isinstance(eos, list) else {eos}
         self._prefix, self._prefix_cache = self._shared_prefix()
@@ -94,6 +100,11 @@ class TransformersSubject:
         return self._suffix_ids
 
     @property
+    def n_opening(self) -> int:
+        """How many of them, the last, are no template's but the answer's opening."""
+        return len(self._opening_ids)
+
+    @property
     def runner(self) -> ShadowModel:
         """The model with its base and shadow passes."""
         return self._runner
@@ -104,7 +115,7 @@ class TransformersSubject:
         Raises:
             PromptSetError: the prompt does not fit the model's context.
         """
-        ids = self._template(text)
+        ids = self._template(text) + self._opening_ids
         limit = getattr(self._config, "max_position_embeddings", None)
         if limit is not None and len(ids) + 64 > limit:
             raise PromptSetError(

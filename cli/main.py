@@ -133,6 +133,13 @@ def calibrate(
         float, typer.Option(help="Most benign prompts of a stratum that may be raised.")
     ] = 0.05,
     delta: Annotated[float, typer.Option(help="Most harmful prompts that may be lowered.")] = 0.05,
+    answer_opening: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="Put behind every prompt, such as a reasoning model's empty thinking block.",
+        ),
+    ] = "",
     report: Annotated[
         Path | None, typer.Option("--report", metavar="DIR", help="Write a report there.")
     ] = None,
@@ -191,6 +198,7 @@ def calibrate(
             safe_kl_nats=safe_kl_nats,
             alpha=alpha,
             delta=delta,
+            answer_opening=answer_opening,
             report_dir=report,
             work_dir=work_dir,
         )
