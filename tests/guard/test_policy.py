@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ def test_an_absent_or_empty_file_gives_the_documented_defaults(tmp_path: Path) -
     assert load_policy(None) == load_policy(empty) == Policy()
     assert (Policy().raise_budget_nats, Policy().lower_budget_nats) == (4.0, 1.0)
     assert (Policy().shadow_tokens, Policy().mode, Policy().debug_fields) == (16, "enforce", False)
+
+
+def test_the_page_on_the_policy_names_every_key_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| `?([^|`]+)`? \|", page, re.MULTILINE))
+    assert rows.keys() == Policy.model_fields.keys()
+    in_words = {"answer_marker": "found", "policies": "none", "debug_fields": "false"}
+    told = {name: str(value) for name, value in Policy().model_dump().items()} | in_words
+    assert {name: default.strip() for name, default in rows.items()} == told
 
 
 @pytest.mark.parametrize(
