@@ -33,9 +33,9 @@ class Record:
     Attributes:
         zone: the gate's decision; None if the request ended before its gate was read, or its
             answer never began.
-        gate_score: probe logit; None likewise.
+        gate_score: probe logit; None if the request ended before its prompt was read.
         refusal_prob: the base model's own refusal probability where steering begins: at the first
-            token of the response or, if the policy says so, of the answer.
+            token of the response or, if the policy says so, of the answer; None without a zone.
         kl_nats: Σ KL(p_t ‖ p0) of the request; in observe mode, what would have been spent.
         budget_nats: the request's whole budget; 0 in the pass zone.
         steered_tokens: response tokens whose distribution was moved (observe: would have been).
@@ -116,6 +116,7 @@ class GuardSession:
         self._start = 0
         self._zone: Zone | None = None
         self._reading: GateReading | None = None
+        self._score: float | None = None
         self._ledger = Ledger(0.0)
         self._steered = self._shadows = self._flips = 0
 
@@ -170,10 +171,14 @@ class GuardSession:
         if self._answer is not None:
             self._answer.see(response)
 
+    def take_score(self, score: float) -> None:
+        """Note the prompt's score, which is told even if no zone is ever decided."""
+        self._score = score
+
     def open(self, reading: GateReading, position: int = 0) -> Zone:
         """Decide the zone before response token `position` and open the ledger."""
         policy = self._policy
-        self._reading, self._start = reading, position
+        self._reading, self._score, self._start = reading, reading.score, position
         self._zone = choose_zone(
             reading, self._artifact.thresholds, allow_lower=policy.lower == "certified"
         )
@@ -201,10 +206,10 @@ class GuardSession:
 
     def record(self, text: str | None = None) -> Record:
         """The request's record; with the finished text, its verdict too."""
-        thresholds, reading = self._artifact.thresholds, self._reading
+        thresholds, score, reading = self._artifact.thresholds, self._score, self._reading
         record = Record(
             zone=self._zone,
-            gate_score=reading.score if reading else None,
+            gate_score=score,
             refusal_prob=reading.refusal_prob if reading else None,
             kl_nats=self._ledger.spent_nats,
             budget_nats=self._ledger.budget_nats,
@@ -213,6 +218,6 @@ class GuardSession:
             token_flips=self._flips,
             exhausted=self._ledger.exhausted,
             applied=self.applies,
-            gate_says=thresholds.side(reading.score) if reading else "uncertain",
+            gate_says="uncertain" if score is None else thresholds.side(score),
         )
         return record if text is None else replace(record, verdict=judge(text))

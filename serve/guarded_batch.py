@@ -267,8 +267,11 @@ class GuardedBatch:
             prompts = [row.request.prompt_ids for row in self.rows]
             for row, score in zip(self.rows, _scores(artifact, base, prompts), strict=True):
                 row.score = score
-                if row.guard is not None and not math.isfinite(score):
-                    # Every comparison with NaN is false, so it would pass as harmless.
+                if row.guard is None:
+                    continue
+                if math.isfinite(score):
+                    row.guard.take_score(score)
+                else:  # every comparison with NaN is false, so it would pass as harmless
                     self._guard_failed(row, NumericsError(f"the gate's score is {score}"))
         if opening:
             refusal_probs = _refusal_probs(artifact, base)

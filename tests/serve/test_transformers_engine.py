@@ -994,6 +994,7 @@ def test_a_response_whose_marker_never_comes_is_the_unguarded_one(tiny: Tiny) ->
     assert [a.tokens for a in answers] == [a.tokens for a in stock]
     for answer in answers:
         assert (answer.record.zone, answer.record.kl_nats) == (None, 0.0)
+        assert answer.record.gate_says in ("harmful", "benign")  # what monitoring goes by
         assert answer.record.verdict is Verdict.UNCLEAR  # there is no answer to judge
 
 
