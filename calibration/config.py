@@ -31,6 +31,11 @@ class CalibrationConfig(BaseModel):
     layers_path: str | None = Field(
         default=None, description="Dotted name of the decoder layers, where they are not found."
     )
+    answer_opening: str = Field(
+        default="",
+        description="Put behind every prompt, such as the empty thinking block of a reasoning"
+        " model, so that refusals are learned and carriers measured where answers begin.",
+    )
     harmful: tuple[Path, ...] = Field(
         default=(), description="Prompt files to use in place of the shipped harmful prompts."
     )

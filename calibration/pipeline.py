@@ -185,6 +185,7 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
             config.batch_size,
             config.listen_tokens,
             config.device,
+            config.answer_opening,
         ),
     )
     try:
@@ -267,7 +268,7 @@ def calibrate_subject(
     # Who is flagged?
     progress.stage("fit gate", None)
     middle = range(max(1, n_layers // 4), max(2, (3 * n_layers) // 4 + 1))
-    windows = probe_windows(n_suffix)
+    windows = probe_windows(n_suffix - subject.n_opening)
     probe = fit_probe(captured["train"], captured["validation"], middle, windows, config.seed)
     thresholds = fit_thresholds(probe, captured["calibration"], config.alpha, config.delta)
     if thresholds.note:
@@ -612,10 +613,13 @@ class _Draft:
         lower_below = fit.lower_below
         if certify and lower_below is None:
             lower_below = fit.raise_above
+        suffix_ids = self.subject.suffix_ids
+        suffix_ids = suffix_ids[: len(suffix_ids) - self.subject.n_opening]
         gate = GateSpec(
             layer=self.probe.layer,
             bias=self.probe.bias,
-            instruction_suffix_ids=self.subject.suffix_ids[self.probe.window[-1] :],
+            # What serving finds in prompts: the template's tokens, without the answer's opening.
+            instruction_suffix_ids=suffix_ids[self.probe.window[-1] :],
             n_pooled=len(self.probe.window),
             raise_above=fit.raise_above,
             lower_below=lower_below,

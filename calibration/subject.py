@@ -25,6 +25,10 @@ class Subject(Protocol):
     def suffix_ids(self) -> list[int]:
         """Template tokens between the instruction and the response (post-instruction tokens)."""
 
+    @property
+    def n_opening(self) -> int:
+        """How many of them, the last, are no template's but the answer's opening."""
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a single-turn chat with this user message, template included.
 

@@ -42,7 +42,9 @@ def load_subject(config: CalibrationConfig) -> TransformersSubject:
             " as transformers understands it"
         ) from err
     name = config.model_name or config.model
-    return TransformersSubject(model, tokenizer, name, config.revision, config.layers_path)
+    return TransformersSubject(
+        model, tokenizer, name, config.revision, config.layers_path, config.answer_opening
+    )
 
 
 class TransformersSubject:
@@ -54,6 +56,7 @@ class TransformersSubject:
         model_id: how the user named the model.
         revision: of the hub, if any.
         layers_path: dotted name of the decoder layers, where they are not found.
+        answer_opening: put behind every prompt; see `CalibrationConfig`.
 
     Raises:
         UnsupportedModelError: no chat template.
@@ -66,6 +69,7 @@ class TransformersSubject:
         model_id: str,
         revision: str | None = None,
         layers_path: str | None = None,
+        answer_opening: str = "",
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise UnsupportedModelError(
@@ -74,11 +78,13 @@ class TransformersSubject:
                 " tokenizer.chat_template and save it with the model"
             )
         self._tokenizer = tokenizer
+        opening = tokenizer(answer_opening, add_special_tokens=False)["input_ids"]
+        self._opening_ids: list[int] = list(opening)
         self._runner = ShadowModel(model, layers_path)
         self._config = model.config.get_text_config()
         self._identity = model_identity(model, tokenizer, model_id, revision)
         self._samples = _distinct_instructions(tokenizer)
-        self._suffix_ids = instruction_suffix(self._template, self._samples)
+        self._suffix_ids = instruction_suffix(self._template, self._samples) + self._opening_ids
         eos = model.generation_config.eos_token_id
         self._eos = set(eos) if isinstance(eos, list) else {eos}
         self._prefix, self._prefix_cache = self._shared_prefix()
@@ -99,6 +105,11 @@ class TransformersSubject:
         return self._tokenizer
 
     @property
+    def n_opening(self) -> int:
+        """How many of them, the last, are no template's but the answer's opening."""
+        return len(self._opening_ids)
+
+    @property
     def runner(self) -> ShadowModel:
         """The model with its base and shadow passes."""
         return self._runner
@@ -109,7 +120,7 @@ class TransformersSubject:
         Raises:
             PromptSetError: the prompt does not fit the model's context.
         """
-        ids = self._template(text)
+        ids = self._template(text) + self._opening_ids
         limit = getattr(self._config, "max_position_embeddings", None)
         if limit is not None and len(ids) + 64 > limit:
             raise PromptSetError(
@@ -214,21 +225,23 @@ class TransformersSubject:
         return list(ids)
 
     def _shared_prefix(self) -> tuple[list[int], Any]:
-        """What the template puts before every instruction, and its KV cache."""
+        """What the template puts before every instruction, and its KV cache.
+
+        Nothing for a model with sliding windows: a window counts the padding that stands between
+        the prefix and a short prompt, and would no longer reach as far back as it should.
+        """
+        cache = DynamicCache(config=self._config)
+        if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+            return [], cache
         samples = [self._template(text) for text in self._samples]
         prefix: list[int] = []
         for tokens in zip(*samples, strict=False):
             if len(set(tokens)) > 1:
                 break
             prefix.append(tokens[0])
-        cache = DynamicCache(config=self._config)
         if prefix:
             ids = torch.tensor([prefix], device=self._runner.device)
             self._runner.base(ids, torch.ones_like(ids), cache)
-            for layer in cache.layers:
-                # Recording is per cache; the copies made of this one record for themselves.
-                layer.__dict__.pop("update", None)
-                layer.__dict__.pop("last_returned", None)
         return prefix, cache
 
 

@@ -81,6 +81,7 @@ def check_guard(
     dtype: str,
     device: str,
     trust_remote_code: bool,
+    layers_path: str | None,
 ) -> list[Check]:
     """Load model and guard as `serve` does, and run its canary: see `serve.canary`."""
     from guard.artifact import load_artifact
@@ -103,6 +104,7 @@ def check_guard(
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
+            layers_path=layers_path,
         )
     except GuardError as err:
         return [*checks, Check("model", False, str(err), "give a chat model that loads here")]

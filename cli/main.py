@@ -59,6 +59,14 @@ DeviceOption = Annotated[
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
+LayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--layers-path",
+        metavar="NAME",
+        help="Dotted name of the model's list of decoder layers, where it is not found.",
+    ),
+]
 PolicyOption = Annotated[
     Path | None,
     typer.Option("--policy", metavar="FILE", help="Policy in YAML; the defaults without it."),
@@ -125,6 +133,13 @@ def calibrate(
         float, typer.Option(help="Most benign prompts of a stratum that may be raised.")
     ] = 0.05,
     delta: Annotated[float, typer.Option(help="Most harmful prompts that may be lowered.")] = 0.05,
+    answer_opening: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="Put behind every prompt, such as a reasoning model's empty thinking block.",
+        ),
+    ] = "",
     report: Annotated[
         Path | None,
         typer.Option("--report", metavar="DIR", help="Write report.html and report.md there."),
@@ -134,6 +149,7 @@ def calibrate(
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    layers_path: LayersOption = None,
     work_dir: Annotated[
         Path | None,
         typer.Option(
@@ -175,6 +191,7 @@ def calibrate(
             dtype=dtype.value,
             device=_torch_device(device),
             trust_remote_code=trust_remote_code,
+            layers_path=layers_path,
             harmful=tuple(harmful or ()),
             benign=tuple(benign or ()),
             hard_benign=tuple(hard_benign or ()),
@@ -182,6 +199,7 @@ def calibrate(
             safe_kl_nats=safe_kl_nats,
             alpha=alpha,
             delta=delta,
+            answer_opening=answer_opening,
             report_dir=report,
             work_dir=work_dir,
         )
@@ -227,6 +245,7 @@ def serve(
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    layers_path: LayersOption = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests that are decoded together.")] = 8,
     max_queue: Annotated[
         int, typer.Option(min=1, help="Requests that may wait; above it the answer is 429.")
@@ -243,6 +262,7 @@ def serve(
     from cli.output import note
     from guard.errors import InputError
     from guard.policy import load_policy
+    from serve.vllm_limits import check_policy
 
     rules = load_policy(policy)
     if guard is None and rules.mode != "off":
@@ -250,6 +270,8 @@ def serve(
             f"--guard FILE is needed in mode {rules.mode}; make one with `trimtab calibrate"
             f" {model}`, or serve without a guard by `mode: off` in the policy file"
         )
+    if engine_name is EngineName.VLLM:
+        check_policy(rules)
     folder = resolve_model(model)
     if engine_name is EngineName.VLLM:
         _serve_with_vllm(context, folder, guard, policy, vllm_options or [])
@@ -275,6 +297,7 @@ def serve(
             dtype=dtype.value,
             device=_torch_device(device),
             trust_remote_code=trust_remote_code,
+            layers_path=layers_path,
             max_batch=max_batch,
             max_queue=max_queue,
             max_model_len=max_model_len,
@@ -323,7 +346,7 @@ def _serve_with_vllm(
         source = context.get_parameter_source(name)
         return source is not None and source.name != "DEFAULT"
 
-    for name in ("device", "max_queue"):
+    for name in ("device", "max_queue", "layers_path"):
         if given(name):
             raise InputError(f"--{name.replace('_', '-')} is not an option of --engine vllm")
     flags = {
@@ -370,6 +393,7 @@ def doctor(
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    layers_path: LayersOption = None,
 ) -> None:
     """Check this environment; with MODEL and --guard, that the guard works on this very setup.
 
@@ -383,6 +407,7 @@ def doctor(
     from cli.output import note, print_json, print_tables, table
     from guard.errors import InputError
     from guard.policy import load_policy
+    from serve.vllm_limits import check_policy
 
     on_vllm = engine_name is EngineName.VLLM
     if (model is None) != (guard is None):
@@ -391,9 +416,11 @@ def doctor(
         raise InputError("--engine vllm needs MODEL and --guard FILE: it starts them")
     if vllm_options and not on_vllm:
         raise InputError(f"{' '.join(vllm_options)}: options after -- need --engine vllm")
-    if on_vllm and device != "auto":
-        raise InputError("--device is not an option of --engine vllm")
+    if on_vllm and (device != "auto" or layers_path is not None):
+        raise InputError("--device and --layers-path are no options of --engine vllm")
     rules = load_policy(policy)
+    if on_vllm:
+        check_policy(rules)
     if guard is not None and rules.mode == "off":
         raise InputError(f"{policy}: mode off has no guard to prove")
     checks = check_environment()
@@ -418,6 +445,7 @@ def doctor(
                 dtype=dtype.value,
                 device=_torch_device(device),
                 trust_remote_code=trust_remote_code,
+                layers_path=layers_path,
             )
     healthy = all(check.ok for check in checks)
     if as_json:

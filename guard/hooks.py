@@ -15,6 +15,8 @@ from guard.errors import UnsupportedModelError
 
 __all__ = ["capture_inputs", "enter_at", "find_decoder_layers"]
 
+_OTHER_TOWERS = ("vision", "visual", "audio", "encoder")
+
 
 def find_decoder_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
     """Return the decoder layers of a causal language model, first to last.
@@ -43,14 +45,17 @@ def find_decoder_layers(model: nn.Module, path: str | None = None) -> nn.ModuleL
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == n_layers
-        and not any(word in name for word in ("vision", "audio", "encoder"))
+        and not any(word in name for word in _OTHER_TOWERS)
     }
-    if len(lists) != 1:
+    # Inside a layer there may be lists of the same length: experts, for one.
+    outermost = [name for name in lists if not any(name.startswith(f"{n}.") for n in lists)]
+    if len(outermost) != 1:
         raise UnsupportedModelError(
             f"{type(model).__name__}: expected one list of {n_layers} decoder layers, found"
-            f" {sorted(lists) or 'none'}; name it with --layers-path"
+            f" {', '.join(outermost) or 'none'}; name it with --layers-path, e.g."
+            f" --layers-path {outermost[0] if outermost else 'model.layers'}"
         )
-    return next(iter(lists.values()))
+    return lists[outermost[0]]
 
 
 @contextmanager

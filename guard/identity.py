@@ -91,10 +91,10 @@ def _quantization(config: Any) -> str | None:
 def _config_facts(config: Any) -> dict[str, object]:
     """What of a config changes the computation, in words that no library version changes."""
     facts = {name: getattr(config, name, None) for name in _CONFIG_FIELDS}
-    heads = config.num_attention_heads
+    heads = facts["num_attention_heads"]  # None where there is no attention
     types = getattr(config, "layer_types", None) or []
     facts["num_key_value_heads"] = facts["num_key_value_heads"] or heads
-    facts["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
+    facts["head_dim"] = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
     # Older transformers do not spell out that every layer attends to everything.
     facts["layer_types"] = [] if set(types) <= {"full_attention"} else list(types)
     facts["rope"] = _rope(config)

@@ -66,6 +66,18 @@ class Policy(BaseModel):
         le=65536,
         description="K: how many response tokens of a flagged request get a shadow pass.",
     )
+    steer_from: Literal["response", "answer"] = Field(
+        default="response",
+        description="Where the K tokens are counted from and the model's own refusal probability is"
+        " read. response: the first token; answer: the first one behind a reasoning model's"
+        " thinking.",
+    )
+    answer_marker: str | None = Field(
+        default=None,
+        pattern=r"\S",
+        description="Text that ends the thinking, for steer_from: answer; by default what the chat"
+        " template or the vocabulary has.",
+    )
     lower: Annotated[Literal["certified", "off"], BeforeValidator(_yaml_off)] = Field(
         default="certified",
         description="certified: lower only where the artifact certifies its threshold; off: never.",
@@ -104,6 +116,12 @@ class Policy(BaseModel):
             value = getattr(self, name)
             if value != value:
                 raise ValueError(f"{name} must be a number, got NaN")
+        return self
+
+    @model_validator(mode="after")
+    def _marker_in_use(self) -> Self:
+        if self.answer_marker is not None and self.steer_from != "answer":
+            raise ValueError("answer_marker has no effect without steer_from: answer")
         return self
 
     @model_validator(mode="after")
@@ -157,8 +175,8 @@ def looser_in(policy: Policy, default: Policy) -> list[str]:
         allowance(policy, raise, i, s) ≥ allowance(default, raise, i, s)
         allowance(policy, lower, i, s) ≤ allowance(default, lower, i, s)
 
-    and never turns from closed to open, from lowering off to on, or to a mode or debug fields of
-    its own, which are the whole server's.
+    and never turns from closed to open, from lowering off to on, or to a mode, debug fields or a
+    start of its own, which are the whole server's.
     """
     mine, theirs = policy, default
     faults = []
@@ -178,7 +196,7 @@ def looser_in(policy: Policy, default: Policy) -> list[str]:
         faults.append("on_failure must stay closed")
     faults += [
         f"{name} is the whole server's"
-        for name in ("mode", "debug_fields")
+        for name in ("mode", "debug_fields", "steer_from", "answer_marker")
         if getattr(mine, name) != getattr(theirs, name)
     ]
     return faults

@@ -14,7 +14,7 @@ from guard.gate import (
 )
 from guard.shadow import BaseStep
 
-__all__ = ["gate_places", "read_gates"]
+__all__ = ["gate_places", "gate_scores", "read_gates", "refusal_probs"]
 
 
 def gate_places(
@@ -39,10 +39,10 @@ def gate_places(
     )
 
 
-def read_gates(
+def gate_scores(
     artifact: CarrierArtifact, step: BaseStep, prompts: Sequence[Sequence[int]]
-) -> list[GateReading]:
-    """Return score and refusal probability of every row.
+) -> list[float]:
+    """Return the score of every prompt.
 
     Args:
         artifact: the guard.
@@ -51,21 +51,33 @@ def read_gates(
         prompts: n_rows lists of token ids, template included, without padding.
     """
     gate = artifact.manifest.gate
-    places = [gate_places(artifact, ids) for ids in prompts]
-    from_end = [
-        tuple([place - len(ids) for place in some] for some in both)
-        for both, ids in zip(places, prompts, strict=True)
-    ]
-    hidden = step.resid_pre[gate.layer]
-    scores = pooled_scores(hidden, [f[0] for f in from_end], artifact.probe_weight) + gate.bias
+    first: list[list[int]] = []
+    second: list[list[int]] = []
+    for ids in prompts:
+        for found, places in zip((first, second), gate_places(artifact, ids), strict=True):
+            found.append([place - len(ids) for place in places])
+    scores = pooled_scores(step.resid_pre[gate.layer], first, artifact.probe_weight) + gate.bias
     if gate.message is not None and artifact.message_weight is not None:
         hidden = step.resid_pre[gate.message.layer]
-        scores = scores + pooled_scores(hidden, [f[1] for f in from_end], artifact.message_weight)
+        scores = scores + pooled_scores(hidden, second, artifact.message_weight)
+    numbers: list[float] = scores.tolist()
+    return numbers
+
+
+def refusal_probs(artifact: CarrierArtifact, step: BaseStep) -> list[float]:
+    """Return the base model's chance to open with a refusal at the next token of each row."""
     device = step.logits.device
-    refusals = refusal_probability(
+    numbers: list[float] = refusal_probability(
         step.logits,
         artifact.refusal_token_ids.to(device),
         artifact.refusal_token_weights.to(device),
-    )
-    pairs = zip(scores.tolist(), refusals.tolist(), strict=True)
+    ).tolist()
+    return numbers
+
+
+def read_gates(
+    artifact: CarrierArtifact, step: BaseStep, prompts: Sequence[Sequence[int]]
+) -> list[GateReading]:
+    """Return score and refusal probability of every row; arguments as for `gate_scores`."""
+    pairs = zip(gate_scores(artifact, step, prompts), refusal_probs(artifact, step), strict=True)
     return [GateReading(score, refusal) for score, refusal in pairs]

@@ -2,6 +2,9 @@
 
     base pass ─► gate reading ─► zone ─► (shadow pass ─► mix ─► charge) × K ─► record
 
+The zone is decided where steering begins: at the response's first token or, under the policy's
+`steer_from: answer`, at the first token behind the thinking of a reasoning model.
+
 A session holds no tensors and runs no model: an engine asks it what to do at each response token
 and tells it what was spent. So every engine enforces the same budget by the same few lines.
 """
@@ -11,7 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from guard.answer import AnswerStart
 from guard.artifact import CarrierArtifact
+from guard.errors import NotArmedError
 from guard.gate import GateReading, Zone, choose_zone
 from guard.kl import Ledger
 from guard.policy import Policy
@@ -26,9 +31,11 @@ class Record:
     """What the guard did to one request. It holds no user text.
 
     Attributes:
-        zone: the gate's decision; None if the request ended before its gate was read.
-        gate_score: probe logit; None likewise.
-        refusal_prob: the base model's own refusal probability at the first response token.
+        zone: the gate's decision; None if the request ended before its gate was read, or its
+            answer never began.
+        gate_score: probe logit; None if the request ended before its prompt was read.
+        refusal_prob: the base model's own refusal probability where steering begins: at the first
+            token of the response or, if the policy says so, of the answer; None without a zone.
         kl_nats: Σ KL(p_t ‖ p0) of the request; in observe mode, what would have been spent.
         budget_nats: the request's whole budget; 0 in the pass zone.
         steered_tokens: response tokens whose distribution was moved (observe: would have been).
@@ -65,13 +72,14 @@ class Record:
         return self.verdict is Verdict.COMPLIED and self.gate_says == "harmful"
 
 
-def shadow_due(zone: Zone, position: int, shadow_tokens: int) -> bool:
+def shadow_due(zone: Zone, position: int, shadow_tokens: int, start: int = 0) -> bool:
     """True if response token `position` (from 0) of a request in `zone` gets a shadow pass.
 
+    These are the K = `shadow_tokens` tokens from `start` on, where the zone was decided.
     A pure function of zone and position, never of the ledger, so that the ranks of a tensor-
     parallel engine take the same path without talking about it.
     """
-    return zone is not Zone.PASS and position < shadow_tokens
+    return zone is not Zone.PASS and start <= position < start + shadow_tokens
 
 
 class GuardSession:
@@ -82,16 +90,33 @@ class GuardSession:
         policy: the operator's, or one that it publishes; mode "off" must not create sessions.
         lockstep: run shadow passes that the ledger can no longer pay for, too (they move nothing),
             so that ranks take the same path whatever each of them has booked.
+        answer: of this request, if the policy steers from the answer's start; else None.
+
+    Raises:
+        NotArmedError: the policy steers from the answer's start, and nobody watches for it.
     """
 
     def __init__(
-        self, artifact: CarrierArtifact, policy: Policy, *, lockstep: bool = False
+        self,
+        artifact: CarrierArtifact,
+        policy: Policy,
+        *,
+        lockstep: bool = False,
+        answer: AnswerStart | None = None,
     ) -> None:
+        if policy.steer_from == "answer" and answer is None:
+            raise NotArmedError(
+                "the policy says steer_from: answer, and nobody watches for the answer's start;"
+                " set steer_from: response"
+            )
         self._artifact = artifact
         self._policy = policy
         self._lockstep = lockstep
+        self._answer = answer
+        self._start = 0
         self._zone: Zone | None = None
         self._reading: GateReading | None = None
+        self._score: float | None = None
         self._ledger = Ledger(0.0)
         self._steered = self._shadows = self._flips = 0
 
@@ -122,10 +147,38 @@ class GuardSession:
             return self._artifact.raise_carrier
         return self._artifact.lower_carrier if self._zone is Zone.LOWER else None
 
-    def open(self, reading: GateReading) -> Zone:
-        """Decide the zone at the end of the prompt and open the ledger."""
+    @property
+    def awaits_start(self) -> bool:
+        """True as long as steering may begin at a later token: the engine must call `see`."""
+        return self._answer is not None and not self._answer.begun
+
+    @property
+    def at_start(self) -> bool:
+        """True if steering may begin at the next token."""
+        return self._reading is None if self._answer is None else self._answer.due
+
+    @property
+    def reads_gate(self) -> bool:
+        """True if `open` is to be called with what the base pass before the next token shows.
+
+        Whitespace between the marker and the answer is not steered if the gate says so there; then
+        it is asked again at the token after it.
+        """
+        return self.at_start and self._zone in (None, Zone.PASS)
+
+    def see(self, response: str) -> None:
+        """Take the text of the response until now, special tokens included."""
+        if self._answer is not None:
+            self._answer.see(response)
+
+    def take_score(self, score: float) -> None:
+        """Note the prompt's score, which is told even if no zone is ever decided."""
+        self._score = score
+
+    def open(self, reading: GateReading, position: int = 0) -> Zone:
+        """Decide the zone before response token `position` and open the ledger."""
         policy = self._policy
-        self._reading = reading
+        self._reading, self._score, self._start = reading, reading.score, position
         self._zone = choose_zone(
             reading, self._artifact.thresholds, allow_lower=policy.lower == "certified"
         )
@@ -136,7 +189,7 @@ class GuardSession:
     def wants_shadow(self, position: int) -> bool:
         """True if response token `position` is to be steered and the ledger can still pay."""
         due = self._zone is not None and shadow_due(
-            self._zone, position, self._policy.shadow_tokens
+            self._zone, position, self._policy.shadow_tokens, self._start
         )
         return due and (self._lockstep or self._ledger.allowance_nats > 0)
 
@@ -153,10 +206,10 @@ class GuardSession:
 
     def record(self, text: str | None = None) -> Record:
         """The request's record; with the finished text, its verdict too."""
-        thresholds, reading = self._artifact.thresholds, self._reading
+        thresholds, score, reading = self._artifact.thresholds, self._score, self._reading
         record = Record(
             zone=self._zone,
-            gate_score=reading.score if reading else None,
+            gate_score=score,
             refusal_prob=reading.refusal_prob if reading else None,
             kl_nats=self._ledger.spent_nats,
             budget_nats=self._ledger.budget_nats,
@@ -165,6 +218,6 @@ class GuardSession:
             token_flips=self._flips,
             exhausted=self._ledger.exhausted,
             applied=self.applies,
-            gate_says=thresholds.side(reading.score) if reading else "uncertain",
+            gate_says="uncertain" if score is None else thresholds.side(score),
         )
         return record if text is None else replace(record, verdict=judge(text))

@@ -63,11 +63,17 @@ class ShadowModel:
         layers_path: dotted name of its decoder layers, where they cannot be found.
 
     Raises:
-        UnsupportedModelError: no decoder layers, or a forward without a KV cache argument.
+        UnsupportedModelError: no decoder layers, an encoder before them, or a forward without a KV
+            cache argument.
     """
 
     def __init__(self, model: nn.Module, layers_path: str | None = None) -> None:
         self.model = model
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is an encoder-decoder model: its prompt is no part of the"
+                " decoder's input, so there is no prompt end to read; choose a decoder-only model"
+            )
         self.layers = find_decoder_layers(model, layers_path)
         arguments = inspect.signature(model.forward).parameters
         # transformers 5 renamed `past_key_values` to `cache`.
@@ -105,8 +111,11 @@ class ShadowModel:
             capture: layers whose resid_pre is kept.
 
         Raises:
+            UnsupportedModelError: a cache whose past a shadow pass could not read exactly, or
+                layers that pass on something else than one residual stream.
             NumericsError: the logits hold NaN or +inf.
         """
+        _check_cache(cache, self.n_layers)
         n_tokens = input_ids.shape[1]
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -n_tokens:]
         _record_sliding_windows(cache)
@@ -116,6 +125,14 @@ class ShadowModel:
                 logits = self._forward(input_ids, attention_mask, position_ids, cache)
             finally:
                 hook.remove()
+        for layer, stream in seen.items():
+            if stream.shape[:-1] != input_ids.shape:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__}: the input of decoder layer {layer} is"
+                    f" {tuple(stream.shape)}, not one residual stream (n_rows, n_tokens, d_model):"
+                    " there is nowhere to steer; if these are other layers, name the right ones"
+                    " with --layers-path"
+                )
         if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
             raise NumericsError("the base pass gave NaN or infinite logits")
         return BaseStep(logits, dict(seen), input_ids, attention_mask, position_ids, cache)
@@ -241,11 +258,7 @@ def _remembering(layer: Any, update: Any) -> Any:
 
 def _read_only(cache: Any, rows: Tensor, n_layers: int, first: int) -> Any:
     """A view of the cache as it was before the last token, whose `update` gives the base K/V."""
-    if len(cache.layers) != n_layers:
-        raise UnsupportedModelError(
-            f"the KV cache has {len(cache.layers)} layers, the model {n_layers}: layers that share"
-            " keys and values have no exact shadow pass"
-        )
+    _check_cache(cache, n_layers)
     view = copy.copy(cache)
     view.layers = [
         _read_only_layer(layer, rows if i >= first else rows[:1])
@@ -254,12 +267,23 @@ def _read_only(cache: Any, rows: Tensor, n_layers: int, first: int) -> Any:
     return view
 
 
-def _read_only_layer(layer: Any, rows: Tensor) -> Any:
-    if type(layer).__name__ not in _EXACT_CACHE_LAYERS:
+def _check_cache(cache: Any, n_layers: int) -> None:
+    """Refuse a cache that no view can be made of; one without layers has not begun."""
+    for layer in cache.layers:
+        if type(layer).__name__ not in _EXACT_CACHE_LAYERS:
+            raise UnsupportedModelError(
+                f"a {type(layer).__name__} cache layer (recurrent, hybrid, shared, quantised or"
+                f" static) has no exact shadow pass; supported: {', '.join(_EXACT_CACHE_LAYERS)}"
+            )
+    if cache.layers and len(cache.layers) != n_layers:
         raise UnsupportedModelError(
-            f"a {type(layer).__name__} cache layer (recurrent, hybrid, quantised or static) has no"
-            f" exact shadow pass; supported: {', '.join(_EXACT_CACHE_LAYERS)}"
+            f"the KV cache has {len(cache.layers)} layers, the model {n_layers}: layers that share"
+            " keys and values have no exact shadow pass; if those are other layers, name the right"
+            " ones with --layers-path"
         )
+
+
+def _read_only_layer(layer: Any, rows: Tensor) -> Any:
     view = copy.copy(layer)
     keys, values = layer.keys, layer.values
     if getattr(layer, "is_sliding", False):

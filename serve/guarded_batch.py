@@ -1,6 +1,6 @@
 """Requests that are decoded together, each inside its own KL budget. Plain calls, no threads.
 
-    base pass ─► gate (once, at the end of the prompt) ─► shadow, mix, charge ─► sample ─► compact
+    base pass ─► gate (once, where steering begins) ─► shadow, mix, charge ─► sample ─► compact
 
 All rows of a batch are at the same response token, so one position counts for all of them.
 """
@@ -20,8 +20,9 @@ from transformers import DynamicCache
 
 from guard.artifact import CarrierArtifact
 from guard.errors import GuardError, NumericsError
+from guard.gate import GateReading
 from guard.kl import log_probs
-from guard.reading import read_gates
+from guard.reading import gate_scores, refusal_probs
 from guard.session import GuardSession, Record
 from guard.shadow import BaseStep, ShadowModel
 from guard.step import guarded_logits, layers_wanted
@@ -40,7 +41,8 @@ class Observers:
 
     Attributes:
         record: once per request, when it ends in whatever way.
-        gate: once per request, seconds from the end of its base pass to its zone.
+        gate: once per request, seconds from the end of its prompt's base pass to its score, and to
+            its zone unless the policy has that wait for the answer.
         unguarded: the guard failed on a request and it goes on without (`on_failure: open`).
         mixture: for auditors: request id, position, mixed and base logits (vocab,) float32, nats.
     """
@@ -65,6 +67,7 @@ class Row:
     Attributes:
         sampler: draws its tokens.
         last_token: the newest of them.
+        score: the probe's, of the prompt.
         aborted: set it, from any thread, and the row stops at its next token.
         unguarded: the guard failed, and the policy lets the request go on without it.
         done: nothing more will be delivered.
@@ -84,9 +87,12 @@ class Row:
         self.sampler = Sampler(request.options, device)
         self.aborted = self.unguarded = self.done = False
         self.last_token = 0
+        self.score = math.nan
         self._tokenizer = tokenizer
         self._text = TextStream(tokenizer, request.options.stop)
-        self._n_tokens = 0
+        self._tokens: list[int] = []
+        # Where in the text the answer begins, which is what is judged; None until it may begin.
+        self._answer_at = None if session is not None and session.awaits_start else 0
         self._deliver, self._on_record = deliver, on_record
 
     @property
@@ -103,12 +109,13 @@ class Row:
             ends: it is an end-of-sequence token.
         """
         self.last_token = token_id
-        self._n_tokens += 1
+        self._tokens.append(token_id)
+        self._watch_for_answer()
         text = "" if ends else self._text.push(token_id)
         reason: FinishReason | None = None
         if ends or self._text.stopped:
             reason = "stop"
-        elif self._n_tokens >= self.request.options.max_tokens:
+        elif len(self._tokens) >= self.request.options.max_tokens:
             reason = "length"
         if reason is not None:
             text += self._text.flush()
@@ -127,10 +134,25 @@ class Row:
         if not self.done:
             self._close(None)
 
+    def _watch_for_answer(self) -> None:
+        """Tell the session what was written, with the newest token, until its answer begins."""
+        session = self.session
+        if session is None or not session.awaits_start:
+            return
+        if session.at_start:
+            self._answer_at = len(self._text.text)
+        session.see(
+            self._tokenizer.decode(
+                self._tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
     def _close(self, text: str | None) -> Record | None:
         self.done = True
         if self.session is None:
             return None
+        if text is not None:
+            text = "" if self._answer_at is None else text[self._answer_at :]
         record = self.session.record(text)
         if self._on_record is not None:
             self._on_record(record)
@@ -204,9 +226,10 @@ class GuardedBatch:
         self._drop_aborted()
         if self.done:
             return
-        base = self._model.base(self._ids, self._mask, self.cache, self._layers_to_capture())
-        if self.position == 0:
-            self._read_gates(base)
+        opening = any(row.guard is not None and row.guard.reads_gate for row in self.rows)
+        layers = self._layers_to_capture(opening)
+        base = self._model.base(self._ids, self._mask, self.cache, layers)
+        self._read_gates(base, opening)
         self._sample(self._guarded(base))
         self._compact()
         self._advance()
@@ -221,29 +244,42 @@ class GuardedBatch:
             if row.aborted:
                 row.leave()
 
-    def _layers_to_capture(self) -> list[int]:
-        """The gate's and the carriers' layers at the prompt's end, then only what is in use."""
+    def _layers_to_capture(self, opening: bool) -> list[int]:
+        """The gate's at the prompt's end, all carriers' where one may open, else those in use."""
         artifact = self._artifact
         if artifact is None:
             return []
-        if self.position > 0:
-            return layers_wanted([row.guard for row in self.rows], self.position)
-        return artifact.layers
+        layers = set(layers_wanted([row.guard for row in self.rows], self.position))
+        if self.position == 0:
+            layers.update(artifact.manifest.gate.layers)
+        if opening:
+            carriers = [artifact.raise_carrier, artifact.lower_carrier]
+            layers.update(carrier.layer for carrier in carriers if carrier is not None)
+        return sorted(layers)
 
-    def _read_gates(self, base: BaseStep) -> None:
-        """Open every row's session with what the base pass shows at the end of its prompt."""
-        if self._artifact is None:
+    def _read_gates(self, base: BaseStep, opening: bool) -> None:
+        """Score prompts at their end; open sessions where steering may begin."""
+        artifact = self._artifact
+        if artifact is None:
             return
         began = time.perf_counter()
-        prompts = [row.request.prompt_ids for row in self.rows]
-        for row, reading in zip(self.rows, read_gates(self._artifact, base, prompts), strict=True):
-            if row.guard is None:
-                continue
-            if math.isfinite(reading.score):
-                row.guard.open(reading)
-            else:  # every comparison with NaN is false, so it would pass as harmless
-                self._guard_failed(row, NumericsError(f"the gate's score is {reading.score}"))
-            if self._observers.gate is not None:
+        guarded = [row for row in self.rows if row.guard is not None] if self.position == 0 else []
+        if guarded:
+            prompts = [row.request.prompt_ids for row in self.rows]
+            for row, score in zip(self.rows, gate_scores(artifact, base, prompts), strict=True):
+                row.score = score
+                if row.guard is None:
+                    continue
+                if math.isfinite(score):
+                    row.guard.take_score(score)
+                else:  # every comparison with NaN is false, so it would pass as harmless
+                    self._guard_failed(row, NumericsError(f"the gate's score is {score}"))
+        if opening:
+            for row, refusal_prob in zip(self.rows, refusal_probs(artifact, base), strict=True):
+                if row.guard is not None and row.guard.reads_gate:
+                    row.guard.open(GateReading(row.score, refusal_prob), self.position)
+        if self._observers.gate is not None:
+            for _ in guarded:
                 self._observers.gate(time.perf_counter() - began)
 
     def _guarded(self, base: BaseStep) -> Tensor:

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from guard.answer import AnswerStart, find_marker
 from guard.artifact import CarrierArtifact, ModelIdentity, load_artifact
 from guard.errors import (
     ContextOverflowError,
@@ -84,6 +85,7 @@ class TransformersEngine:
 
     Raises:
         InputError: no artifact though the mode needs one, or a limit out of range.
+        PolicyError: steer_from: answer without a marker that the tokenizer tells.
         UnsupportedModelError: no decoder layers, no KV cache or no chat template.
     """
 
@@ -123,6 +125,9 @@ class TransformersEngine:
         self._tokenizer = tokenizer
         self._artifact = artifact if policy.mode != "off" else None
         self._policy = policy
+        self._marker = None
+        if self._artifact is not None and policy.steer_from == "answer":
+            self._marker = policy.answer_marker or find_marker(tokenizer)
         self._model_id, self._revision = model_id or model_name, revision
         self._identity: ModelIdentity | None = None
         self._max_batch, self._max_queue = max_batch, max_queue
@@ -206,12 +211,20 @@ class TransformersEngine:
             request,
             self._tokenizer,
             self._model.device,
-            GuardSession(self._artifact, policy) if self._artifact else None,
+            self._session(request.prompt_ids, policy),
             deliver,
             self.observers.record,
         )
         self._enqueue(row)
         return _TokenStream(row, arrivals)
+
+    def _session(self, prompt_ids: Sequence[int], policy: Policy) -> GuardSession | None:
+        if self._artifact is None:
+            return None
+        answer = None
+        if self._marker is not None:
+            answer = AnswerStart(self._marker, self._tokenizer.decode(list(prompt_ids)))
+        return GuardSession(self._artifact, policy, answer=answer)
 
     def canary(self) -> list[CanaryReading]:
         """Check that the guard is this model's and works on this setup; return what was seen.
@@ -424,7 +437,8 @@ def load_engine(
         on_unguarded: called for a request that goes on without a guard.
 
     Raises:
-        InputError: no such model, device or dtype; also ArtifactError, for the guard's file.
+        InputError: no such model, device or dtype; also ArtifactError, for the guard's file, and
+            PolicyError, for a policy that does not fit the model.
         UnsupportedModelError: the model cannot be guarded.
     """
     artifact = load_artifact(guard) if guard is not None and policy.mode != "off" else None

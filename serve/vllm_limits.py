@@ -9,14 +9,29 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from guard.errors import UnsupportedModelError
+from guard.errors import PolicyError, UnsupportedModelError
+from guard.policy import Policy
 
-__all__ = ["SALT", "check_config", "salt_config"]
+__all__ = ["SALT", "check_config", "check_policy", "salt_config"]
 
 SALT = "trimtab"
 """Key in `VllmConfig.additional_config`; it is part of the compile cache's hash."""
 
 _LOAD_FORMATS = ("auto", "hf", "safetensors")
+
+
+def check_policy(policy: Policy) -> None:
+    """Refuse a policy that vLLM cannot follow exactly.
+
+    Raises:
+        PolicyError: names the key to change.
+    """
+    if policy.steer_from != "response":
+        raise PolicyError(
+            f"steer_from: {policy.steer_from} is not possible in vLLM, where steering begins at a"
+            " response's first token: set steer_from: response in the policy, or serve with"
+            " `trimtab serve --engine transformers`"
+        )
 
 
 def check_config(config: Any) -> None:

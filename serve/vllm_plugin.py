@@ -81,6 +81,7 @@ def _load(guard: str | None, policy_file: str | None) -> Armament | None:
     from guard.errors import InputError
     from guard.ownership import check_ownership
     from guard.policy import load_policy
+    from serve.vllm_limits import check_policy
 
     check_ownership()
     policy = load_policy(Path(policy_file) if policy_file else None)
@@ -89,6 +90,7 @@ def _load(guard: str | None, policy_file: str | None) -> Armament | None:
         return None
     if not guard:
         raise InputError(f"TRIMTAB_POLICY is set, so TRIMTAB_GUARD is needed in mode {policy.mode}")
+    check_policy(policy)
     return Armament(load_artifact(Path(guard)), policy)
 
 

@@ -305,6 +305,26 @@ def test_an_opening_in_another_tongue_is_learned_too(
     assert result.artifact.manifest.refusal_examples == [REFUSAL_TEXT.replace("i ", "sorry ", 1)]
 
 
+def test_behind_an_answers_opening_refusals_are_learned_and_the_gate_reads_where_it_did(
+    done: Done, tiny_refuser_dir: Path, files: PromptFiles, tmp_path: Path
+) -> None:
+    """A second <assistant> stands in for an empty thinking block; the model minds it little."""
+    config = files.config(
+        tiny_refuser_dir, tmp_path / "guard.safetensors", answer_opening="<assistant>"
+    )
+    subject = load_subject(config)
+    eot, assistant = vocabulary().index("<eot>"), vocabulary().index("<assistant>")
+    assert subject.encode("ask steal car")[-3:] == [eot, assistant, assistant]
+    guard = calibrate(config).artifact
+    mine, plain = guard.manifest.gate, done.artifact.manifest.gate
+    assert mine.instruction_suffix_ids == plain.instruction_suffix_ids == [eot, assistant]
+    assert mine.positions == plain.positions
+    assert mine.raise_above == pytest.approx(plain.raise_above, rel=0.05)  # the same token is read
+    assert guard.refusal_token_ids.tolist() == done.artifact.refusal_token_ids.tolist()
+    assert guard.manifest.raise_carrier.position is not None
+    assert not torch.equal(guard.raise_carrier.basis, done.artifact.raise_carrier.basis)
+
+
 def test_the_same_seed_gives_the_same_guard_bit_for_bit(
     done: Done, tiny_refuser_dir: Path, files: PromptFiles, tmp_path: Path
 ) -> None:

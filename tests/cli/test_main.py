@@ -159,6 +159,33 @@ def test_bad_input_exits_with_two_and_says_what_to_do(
     assert shown.out == ""
 
 
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+def test_a_policy_that_vllm_cannot_follow_is_told_before_it_is_started(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("steer_from: answer\n")
+    arguments = ["--engine", "vllm", "--guard", "x", "--policy", str(policy)]
+    assert main([command, ".", *arguments]) == 2
+    assert "set steer_from: response" in capsys.readouterr().err
+
+
+def test_the_layers_can_be_named_wherever_a_model_is_loaded(
+    tiny_refuser_dir: Path, guard_file: Path, tmp_path: Path, call: Call
+) -> None:
+    model, wrong = str(tiny_refuser_dir), ["--layers-path", "model.nowhere"]
+    for command in (
+        ["calibrate", model, "--out", str(tmp_path / "guard.safetensors")],
+        ["serve", model, "--guard", str(guard_file), "--port", "0"],
+    ):
+        said = call(*command, *wrong)
+        assert said.code == 2
+        assert "no decoder layers at 'model.nowhere'" in said.err
+    doctor = ["doctor", model, "--guard", str(guard_file)]
+    assert "no decoder layers at" in " ".join(call(*doctor, "--json", *wrong).out.split())
+    assert call(*doctor, "--layers-path", "model.layers").code == 0
+
+
 def test_a_missing_prompt_file_is_told_before_anything_is_loaded() -> None:
     done = trimtab("calibrate", ".", "--harmful", "none.jsonl")
     assert done.returncode == 2

@@ -34,6 +34,7 @@ def test_options_that_move_the_gate_are_refused(argument: str) -> None:
         (["--", "--seed", "1"], "options after -- need --engine vllm"),
         (["--engine", "vllm", "--max-queue", "3"], "--max-queue is not an option"),
         (["--engine", "vllm", "--device", "cpu"], "--device is not an option"),
+        (["--engine", "vllm", "--layers-path", "x"], "--layers-path is not an option"),
     ],
 )
 def test_options_of_the_other_engine_are_errors(

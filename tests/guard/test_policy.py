@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ def test_an_absent_or_empty_file_gives_the_documented_defaults(tmp_path: Path) -
     assert (Policy().shadow_tokens, Policy().mode, Policy().debug_fields) == (16, "enforce", False)
 
 
+def test_the_page_on_the_policy_names_every_key_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| `?([^|`]+)`? \|", page, re.MULTILINE))
+    assert rows.keys() == Policy.model_fields.keys()
+    in_words = {"answer_marker": "found", "policies": "none", "debug_fields": "false"}
+    told = {name: str(value) for name, value in Policy().model_dump().items()} | in_words
+    assert {name: default.strip() for name, default in rows.items()} == told
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -35,6 +45,9 @@ def test_an_absent_or_empty_file_gives_the_documented_defaults(tmp_path: Path) -
         ("mode: maybe", "mode"),
         ("- a list", "mapping"),
         ("a: [", "cannot read"),
+        ("steer_from: thinking", "steer_from"),
+        ("steer_from: answer\nanswer_marker: ' '", "answer_marker"),
+        ("answer_marker: </think>", "no effect without steer_from: answer"),
     ],
 )
 def test_a_wrong_policy_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:
@@ -54,6 +67,19 @@ def test_an_unquoted_off_is_the_word_and_not_yamls_false(tmp_path: Path) -> None
     path = tmp_path / "policy.yaml"
     path.write_text("mode: off\nlower: off\n")
     assert (load_policy(path).mode, load_policy(path).lower) == ("off", "off")
+
+
+def test_the_start_of_steering_is_the_response_or_the_answer_of_all_published_policies(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(
+        "steer_from: answer\nanswer_marker: '[/THINK]'\npolicies: {strict: {lower: off}}\n"
+    )
+    policy = load_policy(path)
+    for each in (policy, policy.published("strict")):
+        assert (each.steer_from, each.answer_marker) == ("answer", "[/THINK]")
+    assert (Policy().steer_from, Policy().answer_marker) == ("response", None)
 
 
 # ------------------------------------------------------------------ published policies
@@ -96,6 +122,7 @@ def test_a_policy_that_is_not_published_is_the_clients_fault(name: str) -> None:
         ("mode: observe", "mode is the whole server's"),
         ("mode: off", "mode is the whole server's"),
         ("debug_fields: true", "debug_fields is the whole server's"),
+        ("steer_from: answer", "steer_from is the whole server's"),
         ("policies: {other: {}}", "publishes policies of its own"),
         ("raise_budget_nat: 8", "raise_budget_nat"),
         ("raise_budget_nats: .nan", "raise_budget_nats"),

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from guard.answer import AnswerStart
 from guard.artifact import CarrierArtifact, CarrierSpec, GateSpec, Manifest, ModelIdentity
-from guard.errors import BudgetError
+from guard.errors import BudgetError, NotArmedError
 from guard.gate import GateReading, Zone
 from guard.kl import mix_within_budget
 from guard.policy import Policy
@@ -333,3 +334,97 @@ def test_in_lockstep_the_schedule_knows_nothing_of_the_ledger() -> None:
     assert ranks.record().kl_nats == 0.5
     with pytest.raises(BudgetError):
         ranks.charge(1e-9, flipped=False)
+
+
+# Steering from the answer's start
+
+
+def thinking(prompt: str = "<assistant>", **settings: float | str) -> GuardSession:
+    policy = Policy.model_validate({"steer_from": "answer", **settings})
+    return GuardSession(GUARD, policy, answer=AnswerStart("</think>", prompt))
+
+
+def walk(session: GuardSession, tokens: list[str], readings: list[GateReading]) -> list[str]:
+    """What happens before each token: "open", "shadow", both, or neither."""
+    seen, text = [], ""
+    for position, token in enumerate(tokens):
+        events = []
+        if session.reads_gate:
+            session.open(readings.pop(0), position)
+            events.append("open")
+        if session.wants_shadow(position):
+            session.charge(0.1, flipped=False)
+            events.append("shadow")
+        seen.append(" ".join(events))
+        text += token
+        session.see(text)
+    return seen
+
+
+def test_k_tokens_are_counted_from_the_answers_start() -> None:
+    session = thinking(shadow_tokens=2)
+    tokens = ["hm", "</think>", "Sure", ",", "here"]
+    assert walk(session, tokens, [RAISE]) == ["", "", "open shadow", "shadow", ""]
+    assert session.record().refusal_prob == RAISE.refusal_prob
+    assert session.record().shadow_passes == 2
+
+
+def test_a_response_whose_marker_never_comes_is_never_steered() -> None:
+    session = thinking()
+    assert walk(session, ["hm"] * 40, []) == [""] * 40
+    record = session.record("")
+    assert (record.zone, record.kl_nats, record.shadow_passes) == (None, 0.0, 0)
+    with pytest.raises(BudgetError):
+        session.charge(1e-9, flipped=False)
+
+
+def test_the_gate_is_asked_again_behind_whitespace_unless_it_has_flagged_already() -> None:
+    tokens = ["</think>", "\n\n", "I", "'m", "sorry"]
+    # Before the line break nothing refuses; before the answer the base is about to.
+    lowered = walk(thinking(), tokens, [replace(LOWER, refusal_prob=0.0), LOWER])
+    assert lowered == ["", "open", "open shadow", "shadow", "shadow"]
+    raised = walk(thinking(), tokens, [RAISE])
+    assert raised == ["", "open shadow", "shadow", "shadow", "shadow"]
+    passed = walk(thinking(), tokens, [PASS, PASS])
+    assert passed == ["", "open", "open", "", ""]
+
+
+def test_under_a_template_with_an_empty_thinking_block_all_is_as_from_the_response() -> None:
+    tokens = ["Sure", ",", "here"]
+    closed = thinking("<assistant><think>\n\n</think>\n\n", shadow_tokens=2)
+    plain = GuardSession(GUARD, Policy(shadow_tokens=2))
+    assert walk(closed, tokens, [RAISE]) == walk(plain, tokens, [RAISE])
+    assert closed.record(ANSWER) == plain.record(ANSWER)
+
+
+def test_an_engine_that_does_not_watch_for_the_answer_gets_no_session() -> None:
+    with pytest.raises(NotArmedError, match="steer_from: response"):
+        GuardSession(GUARD, Policy(steer_from="answer"))
+
+
+@given(
+    tokens=st.lists(st.sampled_from(["a", " ", "</think>", "</th", "ink>"]), max_size=30),
+    gate=st.lists(readings, min_size=30, max_size=30),
+    policy=policies,
+    share=st.floats(0, 1),
+)
+def test_wherever_the_answer_begins_the_budget_and_k_hold(
+    tokens: list[str], gate: list[GateReading], policy: Policy, share: float
+) -> None:
+    policy = policy.model_copy(update={"steer_from": "answer"})
+    session = GuardSession(GUARD, policy, answer=AnswerStart("</think>", ""))
+    text, total, shadows = "", 0.0, []
+    for position, token in enumerate(tokens):
+        if session.reads_gate:
+            session.open(gate[position], position)
+        if session.wants_shadow(position):
+            nats = share * session.ledger.allowance_nats
+            session.charge(nats, flipped=False)
+            total += nats
+            shadows.append(position)
+            assert "</think>" in text
+        text += token
+        session.see(text)
+    budgets = {Zone.RAISE: policy.raise_budget_nats, Zone.LOWER: policy.lower_budget_nats}
+    assert total <= budgets.get(session.zone, 0.0) * (1 + 1e-12)  # type: ignore[arg-type]
+    assert not shadows or shadows[-1] - shadows[0] < policy.shadow_tokens

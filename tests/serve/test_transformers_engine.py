@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from guard.errors import (
     ModelMismatchError,
     NotArmedError,
     NumericsError,
+    PolicyError,
     QueueFullError,
     RequestError,
     UnsupportedModelError,
@@ -960,3 +962,122 @@ def test_bad_input_names_what_is_wrong(tiny: Tiny, tiny_refuser_dir: Path, tmp_p
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"\x08damaged")
     with pytest.raises(InputError, match="broken: cannot load this model"):
         load_engine(str(tmp_path / "broken"), None, OFF)
+
+
+# ------------------------------------------------------------------ where an answer starts
+
+
+SAMPLE_OF_ALL = [
+    *hard_harmful_prompts()[:6],
+    *hard_benign_prompts()[:6],
+    *harmless_prompts()[:2],
+    *harmful_prompts()[:2],
+]
+
+
+def seeded_requests(prompts: Sequence[str], tiny: Tiny) -> list[GenerationRequest]:
+    """Sampled at temperature 1, each with a seed of its own."""
+    return [
+        GenerationRequest(f"r{i}", tiny.ids(prompt), SamplingOptions(10, 1.0, seed=i))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def from_answer(marker: str, **settings: Any) -> Policy:
+    return Policy(steer_from="answer", answer_marker=marker, **settings)
+
+
+def test_a_response_whose_marker_never_comes_is_the_unguarded_one(tiny: Tiny) -> None:
+    wanted = requests([tiny.ids(p) for p in SAMPLE_OF_ALL], SAMPLED)
+    stock = serve(tiny.engine(OFF), wanted)
+    answers = serve(tiny.engine(from_answer("secretly")), wanted)
+    assert [a.tokens for a in answers] == [a.tokens for a in stock]
+    for answer in answers:
+        assert (answer.record.zone, answer.record.kl_nats) == (None, 0.0)
+        assert answer.record.gate_says in ("harmful", "benign")  # what monitoring goes by
+        assert answer.record.verdict is Verdict.UNCLEAR  # there is no answer to judge
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED])
+def test_a_template_that_closes_the_thinking_block_is_steered_as_by_default(
+    tiny: Tiny, options: SamplingOptions
+) -> None:
+    wanted = requests([tiny.ids(p) for p in SAMPLE_OF_ALL], options)
+    plain = serve(tiny.engine(), wanted)
+    answers = serve(tiny.engine(from_answer("<assistant>")), wanted)
+    assert [a.tokens for a in answers] == [a.tokens for a in plain]
+    assert [a.record for a in answers] == [a.record for a in plain]
+    assert {a.record.zone for a in plain} == set(Zone)
+
+
+def test_steering_and_the_gate_begin_behind_the_marker(tiny: Tiny) -> None:
+    """The tiny refuser does not think, so a word of its answers has to end its thinking."""
+    wanted = seeded_requests(hard_harmful_prompts()[:12], tiny)
+    moved: defaultdict[str, list[int]] = defaultdict(list)
+
+    def on_mixture(name: str, position: int, *_: object) -> None:
+        moved[name].append(position)
+
+    policy = from_answer("here", shadow_tokens=2, raise_budget_nats=3.0)
+    answers = serve(tiny.engine(policy, on_mixture=on_mixture), wanted)
+    begun = 0
+    here = tiny.tokenizer.convert_tokens_to_ids("here")
+    for request, answer in zip(wanted, answers, strict=True):
+        record, positions = answer.record, moved[request.request_id]
+        if here not in answer.tokens:
+            assert (positions, record.zone) == ([], None)
+            continue
+        begun += 1
+        start = answer.tokens.index(here) + 1
+        so_far = torch.tensor([[*request.prompt_ids, *answer.tokens[:start]]])
+        with torch.no_grad():
+            logits = tiny.model(so_far).logits[0, -1]
+        expected = logits.softmax(-1)[tiny.guard.refusal_token_ids].sum()
+        assert record.refusal_prob == pytest.approx(float(expected), abs=1e-5)
+        assert record.zone is Zone.RAISE
+        assert positions == [start, start + 1]
+        assert 0 < record.kl_nats <= 3.0
+    assert 0 < begun < len(wanted)
+
+
+def test_rows_whose_answers_begin_apart_decode_together_as_alone(tiny: Tiny) -> None:
+    wanted = seeded_requests(SAMPLE_OF_ALL, tiny)
+    engine = partial(tiny.engine, from_answer("he", raise_budget_nats=8.0))  # here, help
+    together = serve(engine(), wanted)
+    alone = serve_alone(engine(), wanted)
+    assert {a.text.index("he") for a in together} == {len("sure "), len("i cannot ")}
+    assert Zone.RAISE in {a.record.zone for a in together}
+    assert [a.tokens for a in together] == [a.tokens for a in alone]
+    for one, other in zip(together, alone, strict=True):
+        assert one.record.zone is other.record.zone
+        assert one.record.shadow_passes == other.record.shadow_passes
+        assert one.record.kl_nats == pytest.approx(other.record.kl_nats, abs=1e-4)
+
+
+def test_what_is_judged_is_the_answer_and_not_the_thinking(tiny: Tiny) -> None:
+    # "i cannot" ends the thinking, so "help with that" is the answer, which refuses nothing.
+    wanted = requests([tiny.ids(p) for p in harmful_prompts()[:3]])
+    policy = from_answer("i cannot", raise_budget_nats=0.0)
+    for answer in serve(tiny.engine(policy), wanted):
+        assert answer.text.strip() == REFUSAL_TEXT
+        assert answer.record.verdict is not Verdict.REFUSED
+    for answer in serve(tiny.engine(), wanted):
+        assert answer.record.verdict is Verdict.REFUSED
+
+
+def test_a_marker_that_the_tokenizer_does_not_tell_stops_the_start(tiny: Tiny) -> None:
+    with pytest.raises(PolicyError, match="set answer_marker"):
+        tiny.engine(Policy(steer_from="answer"))
+    thinker = copy.deepcopy(tiny.tokenizer)
+    thinker.add_tokens(["</think>"])
+    assert not tiny.engine(Policy(steer_from="answer"), tokenizer=thinker).armed
+
+
+def test_a_score_that_is_not_finite_fails_before_any_thinking(tiny: Tiny) -> None:
+    guard = tiny.own_guard()
+    guard.probe_weight[0] = float("nan")
+    _, [answer] = run_batch(
+        tiny.model, tiny.tokenizer, guard, Policy(), requests([tiny.ids("ask paint car")])
+    )
+    assert isinstance(answer.error, NumericsError)
+    assert answer.steps == []

@@ -79,3 +79,13 @@ def test_a_policy_without_a_guard_starts_nothing(vllm_model_dir: Path, tmp_path:
     policy.write_text("mode: enforce\n")
     seen = drive("start", vllm_model_dir, tmp_path, TRIMTAB_POLICY=str(policy))
     assert "TRIMTAB_GUARD is needed" in seen[0]
+
+
+def test_a_policy_that_steers_from_the_answer_starts_nothing(
+    vllm_model_dir: Path, vllm_guard: Path, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("steer_from: answer\nanswer_marker: </think>\n")
+    env = {"TRIMTAB_GUARD": str(vllm_guard), "TRIMTAB_POLICY": str(policy)}
+    seen = drive("start", vllm_model_dir, tmp_path, **env)
+    assert seen[0].startswith("PolicyError: steer_from: answer is not possible in vLLM")
