@@ -24,9 +24,12 @@ from calibration.prompts import Prompt
 from calibration.subject import Subject
 from guard.artifact import write_atomically
 from guard.errors import InputError
-from guard.gate import gate_position
+from guard.gate import message_positions
 
-__all__ = ["WorkFolder", "capture_hidden", "fingerprint", "listen"]
+__all__ = ["MESSAGE_WIDTH", "WorkFolder", "capture_hidden", "fingerprint", "listen"]
+
+MESSAGE_WIDTH = 64
+"""Tokens of a message, the last, over which the gate averages."""
 
 _PREFIX = "trimtab-"
 
@@ -95,8 +98,8 @@ def capture_hidden(
     work: WorkFolder,
     name: str,
     progress: Progress,
-) -> tuple[Tensor, Tensor]:
-    """Prefill prompts once and keep resid_pre of every layer at the end of the prompt.
+) -> Tensor:
+    """Prefill prompts once and keep resid_pre of every layer.
 
     Args:
         subject: the model.
@@ -109,24 +112,21 @@ def capture_hidden(
         progress: told of each finished prompt.
 
     Returns:
-        (n, n_layers, d_model) at the last instruction token and
-        (n, n_layers, n_suffix, d_model) at the post-instruction tokens, in the model's type.
+        (n, n_layers, 2 + n_suffix, d_model) in the model's type: the mean over the last
+        `MESSAGE_WIDTH` tokens of the message, its last token, and the post-instruction tokens.
     """
     encoded = [subject.encode(p.text) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    instruction: list[Tensor] = []
-    suffix: list[Tensor] = []
+    hidden: list[Tensor] = []
     for number, start in enumerate(range(0, len(order), batch_size)):
         rows = order[start : start + batch_size]
-        piece = work.load(f"{name}-{number:04d}", {"instruction", "suffix"})
-        if piece is None or len(piece["instruction"]) != len(rows):
-            piece = _capture_batch(subject, [encoded[i] for i in rows], n_layers, n_suffix)
-            work.save(f"{name}-{number:04d}", piece)
-        instruction.append(piece["instruction"])
-        suffix.append(piece["suffix"])
+        piece = work.load(f"{name}-{number:04d}", {"hidden"})
+        if piece is None or len(piece["hidden"]) != len(rows):
+            kept = _capture_batch(subject, [encoded[i] for i in rows], n_layers, n_suffix)
+            work.save(f"{name}-{number:04d}", piece := {"hidden": kept})
+        hidden.append(piece["hidden"])
         progress.advance(len(rows))
-    back = torch.tensor(order).argsort()
-    return torch.cat(instruction)[back], torch.cat(suffix)[back]
+    return torch.cat(hidden)[torch.tensor(order).argsort()]
 
 
 def listen(
@@ -158,13 +158,21 @@ def listen(
 
 def _capture_batch(
     subject: Subject, prompts: list[list[int]], n_layers: int, n_suffix: int
-) -> dict[str, Tensor]:
+) -> Tensor:
     step = subject.prefill(prompts, range(n_layers))
-    from_end = torch.tensor([len(p) - gate_position(p, subject.suffix_ids) for p in prompts])
+    pool = torch.zeros(step.input_ids.shape)
+    last = []
+    for row, ids in enumerate(prompts):
+        places = message_positions(
+            ids, subject.suffix_ids, subject.message_opening_ids, MESSAGE_WIDTH
+        )
+        pool[row, [place - len(ids) for place in places]] = 1.0 / len(places)
+        last.append(places[-1] - len(ids))
     rows = torch.arange(len(prompts))
-    instruction, suffix = [], []
+    kept = []
     for layer in range(n_layers):
         hidden = step.resid_pre[layer].cpu()
-        instruction.append(hidden[rows, hidden.shape[1] - from_end])
-        suffix.append(hidden[:, hidden.shape[1] - n_suffix :])
-    return {"instruction": torch.stack(instruction, 1), "suffix": torch.stack(suffix, 1)}
+        mean = torch.bmm(pool.unsqueeze(1), hidden.float().nan_to_num(0.0)).to(hidden.dtype)
+        ends = hidden[:, hidden.shape[1] - n_suffix :]
+        kept.append(torch.cat([mean, hidden[rows, last].unsqueeze(1), ends], 1))
+    return torch.stack(kept, 1)

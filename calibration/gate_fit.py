@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,24 +21,26 @@ from guard.gate import conformal_lower, conformal_upper, probe_score
 __all__ = [
     "Labelled",
     "Probe",
+    "Read",
     "ThresholdFit",
     "fit_probe",
     "fit_thresholds",
     "gate_measurements",
-    "probe_windows",
+    "template_window",
 ]
 
-_REGULARISATION = (1e-3, 1e-2, 3e-2, 1e-1)
+_REGULARISATION = (1e-2, 3e-2)
+_MESSAGE = (0,)
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Prompts with their hidden states at the end.
+    """Prompts with their hidden states.
 
     Attributes:
         prompts: n prompts.
-        hidden: (n, n_positions, n_layers, d_model) resid_pre: at the last instruction token, then
-            at the post-instruction tokens.
+        hidden: (n, n_layers, n_positions, d_model) resid_pre: the mean over the message, its last
+            token, the template's tokens behind it.
     """
 
     prompts: Sequence[Prompt]
@@ -58,70 +59,120 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A logistic probe on one layer and token.
+class Read:
+    """One place where a probe reads.
 
     Attributes:
-        layer: whose input it reads.
-        window: the token positions whose hidden states are averaged, as in `Labelled`.
+        layer: whose input.
+        window: the positions that are averaged, as in `Labelled`.
         weight: (d_model,) float32.
-        bias: added to the product.
-        validation_auroc: harmful against hard benign, on the validation split.
     """
 
     layer: int
     window: tuple[int, ...]
     weight: Tensor
+
+    def scores(self, data: Labelled) -> Tensor:
+        """(n,), without bias."""
+        return probe_score(_pooled(data, self.window, self.layer), self.weight, 0.0)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A logistic probe on the message and on the template's tokens behind it.
+
+    Attributes:
+        message: the part that reads the mean over the message.
+        template: the part that reads what the template puts behind it.
+        bias: added to the scores of both.
+        validation_auroc: harmful against hard benign, on the validation split.
+    """
+
+    message: Read
+    template: Read
     bias: float
     validation_auroc: float
 
     def scores(self, data: Labelled) -> Tensor:
         """(n,) logits, higher is more harmful."""
-        return probe_score(_pooled(data, self.window, self.layer), self.weight, self.bias)
+        return self.message.scores(data) + self.template.scores(data) + self.bias
 
 
 def fit_probe(
     train: Labelled,
     validation: Labelled,
     layers: Sequence[int],
-    windows: Sequence[tuple[int, ...]],
+    window: tuple[int, ...],
     seed: int,
 ) -> Probe:
-    """Fit a probe at each layer and window; keep what tells harmful from hard benign best.
+    """Fit probes and keep what tells harmful from hard benign prompts best.
 
-    The three groups (harmful, ordinary benign, hard benign) weigh the same in training, and a
-    matched pair is always on one side of a split, so style carries as little as the data allows.
+    The mean over the message is read at the layer that does best alone; a second layer is then
+    chosen for the template's tokens behind it. The three groups (harmful, ordinary benign, hard
+    benign) weigh the same in training, and a matched pair is always on one side of a split, so
+    style carries as little as the data allows.
 
     Args:
         train: prompts that the weights are fitted on.
-        validation: prompts that layer and regularisation are chosen on.
+        validation: prompts that layers and regularisation are chosen on.
         layers: candidates.
-        windows: candidates: positions, as in `Labelled`, to be averaged.
+        window: the template's positions, as in `Labelled`.
         seed: of the solver.
+
+    Raises:
+        InputError: no layers.
     """
-    weights = _balanced(train)
-    labels = train.harmful.numpy()
-    positive = validation.mask("harmful")
-    negative = validation.mask("benign", "hard")
+    if not layers:
+        raise InputError("the probe needs at least one layer")
+    message = max(
+        (fit for layer in layers for fit in _fits(train, validation, [(layer, _MESSAGE)], seed)),
+        key=lambda fit: fit.validation_auroc,
+    )
+    layer = message.reads[0].layer
+    both = max(
+        (
+            fit
+            for other in layers
+            for fit in _fits(train, validation, [(layer, _MESSAGE), (other, window)], seed)
+        ),
+        key=lambda fit: fit.validation_auroc,
+    )
+    message_read, template_read = both.reads
+    return Probe(message_read, template_read, both.bias, both.validation_auroc)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A probe on any number of places."""
+
+    reads: list[Read]
+    bias: float
+    validation_auroc: float
+
+
+def _fits(
+    train: Labelled,
+    validation: Labelled,
+    places: Sequence[tuple[int, tuple[int, ...]]],
+    seed: int,
+) -> Iterator[_Fit]:
+    """A probe on these (layer, window) places for each regularisation."""
+    features = torch.cat([_pooled(train, window, layer) for layer, window in places], 1).numpy()
+    positive, negative = validation.mask("harmful"), validation.mask("benign", "hard")
     if not bool(negative.any()):
         negative = validation.mask("benign")
-    best: Probe | None = None
-    for window, layer in product(windows, layers):
-        features = _pooled(train, window, layer).numpy()
-        for c in _REGULARISATION:
-            model = make_pipeline(
-                StandardScaler(), LogisticRegression(C=c, max_iter=500, random_state=seed)
-            )
-            model.fit(features, labels, logisticregression__sample_weight=weights)
-            weight, bias = _unscaled(model)
-            probe = Probe(layer, window, weight, bias, 0.0)
-            scores = probe.scores(validation)
-            area = float((scores[positive][:, None] > scores[negative][None]).float().mean())
-            if best is None or area > best.validation_auroc:
-                best = replace(probe, validation_auroc=area)
-    if best is None:
-        raise InputError("the probe needs at least one layer and window")
-    return best
+    weights = _balanced(train)
+    for c in _REGULARISATION:
+        model = make_pipeline(
+            StandardScaler(), LogisticRegression(C=c, max_iter=500, random_state=seed)
+        )
+        model.fit(features, train.harmful.numpy(), logisticregression__sample_weight=weights)
+        weight, bias = _unscaled(model)
+        parts = weight.chunk(len(places))
+        reads = [Read(*place, part.clone()) for place, part in zip(places, parts, strict=True)]
+        scores = torch.stack([read.scores(validation) for read in reads]).sum(0)
+        area = float((scores[positive][:, None] > scores[negative][None]).float().mean())
+        yield _Fit(reads, bias, area)
 
 
 @dataclass(frozen=True)
@@ -196,23 +247,24 @@ def gate_measurements(
     return found
 
 
-def probe_windows(n_suffix: int) -> list[tuple[int, ...]]:
-    """Return where a probe may read, given the template's post-instruction tokens.
+def template_window(n_suffix: int) -> tuple[int, ...]:
+    """Return which tokens at the end of a prompt a probe reads beside the message.
 
     The last instruction token is often a full stop or a question mark, and a probe that reads it
     fails on prompts without one. The template's tokens behind it are the same for every prompt. The
     first two, averaged, carried over from the shipped prompts to AdvBench against OR-Bench-hard far
     better than any one token (docs/LOG.md). What follows them tells serving where they are, so it
-    has to be at least two tokens; a shorter template leaves fewer choices.
+    has to be at least two tokens; a shorter template leaves one of them, or the last instruction
+    token after all.
     """
     if n_suffix >= 4:
-        return [(1, 2)]
-    return [(position,) for position in range(max(1, n_suffix - 1))]
+        return (2, 3)
+    return (2,) if n_suffix == 3 else (1,)
 
 
 def _pooled(data: Labelled, window: tuple[int, ...], layer: int) -> Tensor:
     """(n, d_model) float32."""
-    return data.hidden[:, list(window), layer].float().mean(1)
+    return data.hidden[:, layer, list(window)].float().mean(1)
 
 
 def _balanced(data: Labelled) -> np.ndarray:

@@ -213,8 +213,8 @@ def _gate(result: CalibrationResult) -> Iterable[str]:
     answered = {f"{group}_{name}" for group in result.tested for name in _COLUMNS}
     yield "<h2>Gate</h2>"
     yield (
-        f"<p>Linear probe on layer {gate.layer} at prompt positions"
-        f" {', '.join(map(str, gate.positions))} (−1 is the last token). Raise above"
+        f"<p>Linear probe on {gate.where}"
+        f" (−1 is a prompt's last token). Raise above"
         f" {gate.raise_above:.3f}, lower below {lower}; thresholds from {escape(behind)} prompts."
         f" {escape(gate.guarantee)}</p>"
     )

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration.capture import WorkFolder, capture_hidden, fingerprint, listen
+from calibration.capture import MESSAGE_WIDTH, WorkFolder, capture_hidden, fingerprint, listen
 from calibration.causal import (
     Admission,
     Bench,
@@ -44,7 +44,7 @@ from calibration.gate_fit import (
     fit_probe,
     fit_thresholds,
     gate_measurements,
-    probe_windows,
+    template_window,
 )
 from calibration.geometry import effective_rank, participation_ratio, split_half_cosine
 from calibration.progress import Progress, Silent
@@ -65,6 +65,7 @@ from guard.artifact import (
     GateSpec,
     Interval,
     Manifest,
+    MessageRead,
     load_artifact,
     save_artifact,
 )
@@ -258,18 +259,17 @@ def calibrate_subject(
     captured: dict[str, Labelled] = {}
     for name in ("train", "validation", "calibration", "test"):
         group = getattr(splits, name)
-        instruction, post = capture_hidden(
+        hidden = capture_hidden(
             subject, group, n_layers, n_suffix, config.batch_size, work, name, progress
         )
-        hidden = torch.cat([instruction.unsqueeze(1), post.transpose(1, 2)], 1)
         captured[name] = Labelled(group, hidden)
     clock.lap("capture")
 
     # Who is flagged?
     progress.stage("fit gate", None)
-    middle = range(max(1, n_layers // 4), max(2, (3 * n_layers) // 4 + 1))
-    windows = probe_windows(n_suffix - subject.n_opening)
-    probe = fit_probe(captured["train"], captured["validation"], middle, windows, config.seed)
+    middle = range(max(1, n_layers // 4), max(2, (3 * n_layers) // 4 + 1), max(1, n_layers // 12))
+    window = template_window(n_suffix - subject.n_opening)
+    probe = fit_probe(captured["train"], captured["validation"], middle, window, config.seed)
     thresholds = fit_thresholds(probe, captured["calibration"], config.alpha, config.delta)
     if thresholds.note:
         notes.append(thresholds.note)
@@ -277,7 +277,7 @@ def calibrate_subject(
 
     # Which directions modulate refusal, at equal KL on safe prompts?
     train = captured["train"]
-    suffix = train.hidden[:, 1:].transpose(1, 2)  # (n, n_layers, n_suffix, d_model)
+    suffix = train.hidden[:, :, 2:]  # (n, n_layers, n_suffix, d_model)
     candidates = difference_in_means(
         suffix[train.mask("harmful")], suffix[train.mask("benign", "ordinary")]
     )
@@ -616,11 +616,17 @@ class _Draft:
         suffix_ids = self.subject.suffix_ids
         suffix_ids = suffix_ids[: len(suffix_ids) - self.subject.n_opening]
         gate = GateSpec(
-            layer=self.probe.layer,
+            layer=self.probe.template.layer,
             bias=self.probe.bias,
             # What serving finds in prompts: the template's tokens, without the answer's opening.
-            instruction_suffix_ids=suffix_ids[self.probe.window[-1] :],
-            n_pooled=len(self.probe.window),
+            instruction_suffix_ids=suffix_ids[self.probe.template.window[-1] - 1 :],
+            n_pooled=len(self.probe.template.window),
+            message=MessageRead(
+                layer=self.probe.message.layer,
+                suffix_ids=suffix_ids,
+                opening_ids=self.subject.message_opening_ids,
+                width=MESSAGE_WIDTH,
+            ),
             raise_above=fit.raise_above,
             lower_below=lower_below,
             raise_if_refusal_below=_RAISE_IF_REFUSAL_BELOW,
@@ -650,9 +656,10 @@ class _Draft:
             manifest,
             raising.effect.candidate.carrier(raising.scale),
             lowering.effect.candidate.carrier(-lowering.scale) if lowering else None,
-            self.probe.weight,
+            self.probe.template.weight,
             self.tokens.ids,
             self.tokens.weights,
+            message_weight=self.probe.message.weight,
         )
 
 

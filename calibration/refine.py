@@ -32,7 +32,8 @@ _OPENING = 6
 _LESSONS = 48
 _SAFE = 16
 _MIN_LESSONS = 4
-_SEARCH_STEPS = 14
+_SEARCH_STEPS = 40
+_CLOSE = 5e-3
 _FLOOR = -60.0
 
 
@@ -238,6 +239,8 @@ def _strengths(base: Tensor, delta: Tensor, budget_nats: Tensor) -> Tensor:
         kl, slope = _kl_and_slope(base, delta, t)
         fits = kl <= budget_nats
         low, high = torch.where(fits, t, low), torch.where(fits, high, t)
+        if bool(((kl / budget_nats - 1.0).abs() < _CLOSE).logical_or(low >= 1.0).all()):
+            break
         root = kl.clamp_min(0.0).sqrt()
         aim = t + (budget_nats.sqrt() - root) * 2.0 * root / slope.clamp_min(1e-12)
         t = torch.where((aim > low) & (aim < high), aim, 0.5 * (low + high))

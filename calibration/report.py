@@ -95,9 +95,8 @@ def _markdown(result: CalibrationResult) -> str:
         "",
         "## Gate",
         "",
-        f"Linear probe on layer {gate.layer} at prompt positions"
-        f" {', '.join(map(str, gate.positions))} (-1 is the last token)."
-        f" Raise above {gate.raise_above:.3f}; lower below"
+        f"Linear probe on {gate.where}"
+        f" (-1 is a prompt's last token). Raise above {gate.raise_above:.3f}; lower below"
         f" {'never (not certified)' if gate.lower_below is None else f'{gate.lower_below:.3f}'}."
         f" Calibration prompts: {gate.n_by_stratum}. {gate.guarantee}",
         "",

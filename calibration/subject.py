@@ -26,6 +26,10 @@ class Subject(Protocol):
         """Template tokens between the instruction and the response (post-instruction tokens)."""
 
     @property
+    def message_opening_ids(self) -> list[int]:
+        """Template tokens that stand right before every user message, whatever precedes them."""
+
+    @property
     def n_opening(self) -> int:
         """How many of them, the last, are no template's but the answer's opening."""
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -18,7 +19,7 @@ from guard.session import GuardSession
 from guard.shadow import BaseStep, ShadowModel
 from guard.step import guarded_logits, layers_wanted
 
-__all__ = ["TransformersSubject", "instruction_suffix", "load_subject"]
+__all__ = ["TransformersSubject", "instruction_suffix", "load_subject", "message_opening"]
 
 
 def load_subject(config: CalibrationConfig) -> TransformersSubject:
@@ -88,6 +89,7 @@ class TransformersSubject:
         eos = model.generation_config.eos_token_id
         self._eos = set(eos) if isinstance(eos, list) else {eos}
         self._prefix, self._prefix_cache = self._shared_prefix()
+        self._message_opening_ids = message_opening(self._conversation, self._samples)
 
     @property
     def identity(self) -> ModelIdentity:
@@ -103,6 +105,11 @@ class TransformersSubject:
     def tokenizer(self) -> Any:
         """The model's, chat template included."""
         return self._tokenizer
+
+    @property
+    def message_opening_ids(self) -> list[int]:
+        """Template tokens that stand right before every user message."""
+        return self._message_opening_ids
 
     @property
     def n_opening(self) -> int:
@@ -217,8 +224,13 @@ class TransformersSubject:
         return responses
 
     def _template(self, text: str) -> list[int]:
+        return self._conversation([text])
+
+    def _conversation(self, texts: Sequence[str]) -> list[int]:
+        """Token ids of a chat whose messages are the user's and the assistant's in turn."""
+        roles = ("user", "assistant")
         ids: list[int] = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
+            [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)],
             add_generation_prompt=True,
             return_dict=False,
         )
@@ -233,12 +245,7 @@ class TransformersSubject:
         cache = DynamicCache(config=self._config)
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
             return [], cache
-        samples = [self._template(text) for text in self._samples]
-        prefix: list[int] = []
-        for tokens in zip(*samples, strict=False):
-            if len(set(tokens)) > 1:
-                break
-            prefix.append(tokens[0])
+        prefix = _common_start([self._template(text) for text in self._samples])
         if prefix:
             ids = torch.tensor([prefix], device=self._runner.device)
             self._runner.base(ids, torch.ones_like(ids), cache)
@@ -276,6 +283,38 @@ def _distinct_instructions(tokenizer: Any) -> list[str]:
     return ["A", "7", "…", *(word for word in words if word)]
 
 
+def message_opening(conversation: Any, instructions: Sequence[str]) -> list[int]:
+    """Return the token ids that a chat template puts right before every user message.
+
+    They are what the beginning of a chat and that of its second turn end with alike, so that a
+    message can be found behind any system prompt and any history.
+
+    Args:
+        conversation: callable from messages, the user's and the assistant's in turn, to token ids.
+        instructions: user messages of which at least two are different tokens.
+
+    Returns:
+        Nothing where the template takes no second turn or shares nothing with it.
+    """
+    first = _common_start([conversation([text]) for text in instructions])
+    try:
+        later = _common_start([conversation(["A", "B", text]) for text in instructions])
+    except (ValueError, TypeError, jinja2.TemplateError):
+        return []
+    shared = _common_start([first[::-1], later[::-1]])
+    return shared[::-1]
+
+
+def _common_start(samples: Sequence[Sequence[int]]) -> list[int]:
+    """The longest beginning that all of them share."""
+    shared: list[int] = []
+    for tokens in zip(*samples, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        shared.append(tokens[0])
+    return shared
+
+
 def instruction_suffix(template: Any, instructions: Sequence[str]) -> list[int]:
     """Return the token ids that follow every instruction in a chat template.
 
@@ -293,11 +332,7 @@ def instruction_suffix(template: Any, instructions: Sequence[str]) -> list[int]:
             "the chat template gives the same tokens for every instruction, so where an instruction"
             " ends cannot be told; is this the model's own tokenizer?"
         )
-    suffix: list[int] = []
-    for tokens in zip(*(reversed(s) for s in samples), strict=False):
-        if len(set(tokens)) > 1:
-            break
-        suffix.insert(0, tokens[0])
+    suffix = _common_start([sample[::-1] for sample in samples])[::-1]
     if not suffix:
         raise UnsupportedModelError(
             "the chat template puts nothing after the instruction, so there is no post-instruction"

@@ -69,7 +69,7 @@ def tables(artifact: CarrierArtifact) -> list[Table]:
         ("lower", lower),
         (
             "probe",
-            f"input of layer {gate.layer}, prompt positions {', '.join(map(str, gate.positions))}",
+            gate.where,
         ),
         ("calibrated on", n_prompts),
         ("guarantee", gate.guarantee),

@@ -154,6 +154,17 @@ class GateSpec(_Frozen):
     )
 
     @property
+    def where(self) -> str:
+        """Where the probes read, in words."""
+        places = ", ".join(map(str, self.positions))
+        if self.message is None:
+            return f"layer {self.layer} at prompt positions {places}"
+        return (
+            f"layer {self.message.layer}, mean over the user's message, and layer {self.layer} at"
+            f" prompt positions {places}"
+        )
+
+    @property
     def layers(self) -> list[int]:
         """Layers whose input the gate reads, rising."""
         return sorted({self.layer, *([self.message.layer] if self.message else [])})
@@ -342,7 +353,9 @@ def _read(path: Path) -> bytes:
             f"{path}: cannot read the guard: {err.strerror or err};"
             " make one with `trimtab calibrate MODEL --out FILE`"
         ) from err
-    if data[:1] == b"\x80" or data[:2] == b"PK":
+    # A header may be 0x80 bytes long by chance, so first ask whether it can be a header at all.
+    no_header = int.from_bytes(data[:8], "little") > len(data)
+    if no_header and (data[:1] == b"\x80" or data[:2] == b"PK"):
         raise _unreadable(path, "this is a pickle or PyTorch archive, which trimtab never opens")
     if len(data) < 16:
         raise _unreadable(path, f"{len(data)} bytes are too few for a safetensors file")
@@ -406,8 +419,8 @@ def _build(manifest: Manifest, tensors: dict[str, Tensor], path: Path) -> Carrie
             raise _unreadable(path, f"tensor {name}: {tensor.dtype}, expected {wanted}")
         if not bool(torch.isfinite(tensor).all()):
             raise _unreadable(path, f"tensor {name}: holds NaN or infinite values")
-    for name in sorted({"probe.weight", "probe.message"} & expected):
-        if tensors[name].shape != (d_model,):
+    for name in ("probe.weight", "probe.message"):
+        if name in expected and tensors[name].shape != (d_model,):
             raise _unreadable(path, f"{name}: {tuple(tensors[name].shape)}, expected ({d_model},)")
     ids, weights = tensors["refusal.token_ids"], tensors["refusal.token_weights"]
     if ids.dim() != 1 or not len(ids) or ids.shape != weights.shape:

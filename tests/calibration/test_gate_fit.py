@@ -17,20 +17,21 @@ from torch import Tensor
 from calibration.gate_fit import (
     Labelled,
     Probe,
+    Read,
     _balanced,
     _unscaled,
     fit_probe,
     fit_thresholds,
     gate_measurements,
-    probe_windows,
+    template_window,
 )
 from calibration.prompts import Label, Prompt, Stratum
 from guard.errors import InputError
 
-N_LAYERS, D_MODEL, SIGNAL_LAYER = 4, 16, 2
-N_POSITIONS, SIGNAL_POSITION = 3, 1
+N_LAYERS, D_MODEL = 4, 16
+MESSAGE_LAYER, TEMPLATE_LAYER, WINDOW = 2, 1, (2, 3)
 # A probe that reads one number, so that a prompt's hidden state is its score.
-IDENTITY = Probe(0, (0,), torch.ones(1), 0.0, 1.0)
+IDENTITY = Probe(Read(0, (0,), torch.ones(1)), Read(0, (0,), torch.zeros(1)), 0.0, 1.0)
 
 
 def prompts(label: Label, stratum: Stratum, n: int) -> list[Prompt]:
@@ -50,10 +51,11 @@ def scored(harmful: Tensor, ordinary: Tensor, hard: Tensor) -> Labelled:
 
 
 def planted(n: int, seed: int) -> Labelled:
-    """3 n prompts; harm shows at one layer and position only, in one coordinate."""
+    """3 n prompts; half of harm shows in the message, half behind it, each at its own layer."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(3 * n, N_POSITIONS, N_LAYERS, D_MODEL, generator=generator)
-    hidden[:n, SIGNAL_POSITION : SIGNAL_POSITION + 2, SIGNAL_LAYER, 5] += 4.0
+    hidden = torch.randn(3 * n, N_LAYERS, 5, D_MODEL, generator=generator)
+    hidden[:n:2, MESSAGE_LAYER, 0, 5] += 5.0
+    hidden[1:n:2, TEMPLATE_LAYER, WINDOW, 7] += 5.0
     everything = [
         *prompts("harmful", "ordinary", n),
         *prompts("benign", "ordinary", n),
@@ -63,30 +65,31 @@ def planted(n: int, seed: int) -> Labelled:
 
 
 @pytest.mark.parametrize(
-    ("n_suffix", "windows"), [(1, [(0,)]), (2, [(0,)]), (3, [(0,), (1,)]), (5, [(1, 2)])]
+    ("n_suffix", "window"), [(1, (1,)), (2, (1,)), (3, (2,)), (4, (2, 3)), (5, (2, 3))]
 )
-def test_windows_leave_two_template_tokens_behind_them_where_there_are_so_many(
-    n_suffix: int, windows: list[tuple[int, ...]]
+def test_the_window_leaves_two_template_tokens_behind_it_where_there_are_so_many(
+    n_suffix: int, window: tuple[int, ...]
 ) -> None:
-    assert probe_windows(n_suffix) == windows
+    assert template_window(n_suffix) == window
 
 
-def test_the_probe_finds_the_layer_and_the_coordinate_that_carry_harm() -> None:
-    probe = fit_probe(planted(80, 0), planted(60, 1), range(N_LAYERS), [(0,), (1, 2)], seed=0)
-    assert (probe.layer, probe.window) == (SIGNAL_LAYER, (SIGNAL_POSITION, SIGNAL_POSITION + 1))
-    assert int(probe.weight.abs().argmax()) == 5
-    assert float(probe.weight[5]) > 0
-    assert probe.validation_auroc > 0.97
+def test_the_probe_finds_both_layers_and_the_coordinates_that_carry_harm() -> None:
+    probe = fit_probe(planted(80, 0), planted(60, 1), range(N_LAYERS), WINDOW, seed=0)
+    assert (probe.message.layer, probe.message.window) == (MESSAGE_LAYER, (0,))
+    assert (probe.template.layer, probe.template.window) == (TEMPLATE_LAYER, WINDOW)
+    assert int(probe.message.weight.argmax()) == 5
+    assert int(probe.template.weight.argmax()) == 7
+    assert probe.validation_auroc > 0.95
     unseen = planted(60, 2)
     scores = probe.scores(unseen)
-    assert float(scores[unseen.mask("harmful")].mean()) > float(
-        scores[unseen.mask("benign")].mean()
+    assert float(scores[unseen.mask("harmful")].min()) > float(
+        scores[unseen.mask("benign")].median()
     )
 
 
 def test_a_probe_needs_at_least_one_layer() -> None:
     with pytest.raises(InputError):
-        fit_probe(planted(10, 0), planted(10, 1), [], [(0,)], seed=0)
+        fit_probe(planted(10, 0), planted(10, 1), [], WINDOW, seed=0)
 
 
 @settings(max_examples=20)

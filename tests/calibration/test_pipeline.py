@@ -26,9 +26,11 @@ from safetensors.torch import save as save_tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibration.capture import WorkFolder, capture_hidden
+from calibration.causal import Sign
 from calibration.config import CalibrationConfig
 from calibration.evaluate import answer_pairs, compare
 from calibration.frontier import FrontierPoint
+from calibration.gate_fit import Labelled
 from calibration.html_report import html_page, worth_reading
 from calibration.pipeline import CalibrationResult, calibrate, calibrate_subject, gather_prompts
 from calibration.progress import Progress, Silent
@@ -38,9 +40,10 @@ from calibration.transformers_subject import TransformersSubject, load_subject
 from cli.main import main
 from guard.artifact import CarrierArtifact, Interval, load_artifact, save_artifact
 from guard.errors import ArtifactError, NoAdmissibleCarrierError
-from guard.gate import Zone, gate_position, probe_score
+from guard.gate import Zone
 from guard.policy import Policy
 from guard.shadow import BaseStep
+from guard.steering import Carrier
 from tests.tiny_refuser import (
     REFUSAL_TEXT,
     hard_benign_prompts,
@@ -193,8 +196,7 @@ def test_the_chosen_carrier_beats_every_random_control(done: Done, sign: str) ->
 @pytest.mark.parametrize(
     ("zone", "prompts", "at_base", "guarded"),
     [
-        (Zone.RAISE, harmless_prompts()[:40], (0.0, 0.05), (0.95, 1.0)),
-        (Zone.LOWER, harmful_prompts()[:40], (0.95, 1.0), (0.0, 0.05)),
+        (Zone.RAISE, hard_harmful_prompts()[:40], (0.0, 0.05), (0.95, 1.0)),
         (Zone.LOWER, hard_benign_prompts()[:40], (0.9, 1.0), (0.0, 0.05)),
     ],
 )
@@ -206,9 +208,51 @@ def test_steering_inside_a_budget_moves_nearly_every_response(
     at_base: tuple[float, float],
     guarded: tuple[float, float],
 ) -> None:
+    check_steering(subject, done.artifact, zone, prompts, at_base, guarded)
+
+
+@pytest.mark.parametrize(
+    ("zone", "prompts", "at_base", "guarded"),
+    [
+        (Zone.RAISE, harmless_prompts()[:40], (0.0, 0.05), (0.95, 1.0)),
+        (Zone.LOWER, harmful_prompts()[:40], (0.95, 1.0), (0.0, 0.05)),
+    ],
+)
+def test_the_best_difference_in_means_moves_prompts_of_every_kind(
+    done: Done,
+    subject: TransformersSubject,
+    zone: Zone,
+    prompts: list[str],
+    at_base: tuple[float, float],
+    guarded: tuple[float, float],
+) -> None:
+    """Refined carriers are taught to leave ordinary prompts alone; differences in means are not."""
+
+    def best(sign: Sign, towards: float) -> Carrier:
+        means = [
+            e for e in done.result.effects[sign] if e.candidate.family == "difference_in_means"
+        ]
+        effect = max((e for e in means if e.can_spend), key=lambda e: e.shift_per_nat)
+        return effect.candidate.carrier(2.0 * towards * effect.scale)
+
+    artifact = replace(
+        done.artifact, raise_carrier=best("raise", 1.0), lower_carrier=best("lower", -1.0)
+    )
+    check_steering(subject, artifact, zone, prompts, at_base, guarded)
+
+
+def check_steering(
+    subject: TransformersSubject,
+    artifact: CarrierArtifact,
+    zone: Zone,
+    prompts: list[str],
+    at_base: tuple[float, float],
+    guarded: tuple[float, float],
+) -> None:
+    """Rates before and after lie where they should, and no budget is passed."""
     budget = 4.0
     policy = Policy(raise_budget_nats=budget, lower_budget_nats=budget, token_cap_nats=budget)
-    pairs = answer_pairs(subject, done.artifact, policy, prompts, 12, zone=zone)
+    pairs = answer_pairs(subject, artifact, policy, prompts, 12, zone=zone)
     rates = compare(pairs, seed=0)
     assert at_base[0] <= rates["refused_base"].value <= at_base[1]
     assert guarded[0] <= rates["refused_guarded"].value <= guarded[1]
@@ -224,6 +268,12 @@ def test_thresholds_are_the_conformal_quantiles_of_the_calibration_split(done: D
     model = AutoModelForCausalLM.from_pretrained(done.config.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(done.config.model)
     scores: dict[str, list[float]] = {"ordinary": [], "hard": [], "harmful": []}
+    weight = done.artifact.message_weight
+    assert weight is not None
+    assert gate.message is not None
+    n_before = tokenizer.apply_chat_template(
+        [{"role": "user", "content": ""}], return_dict=True, add_generation_prompt=True
+    )["input_ids"].index(gate.message.suffix_ids[0])
     for prompt in split:
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt.text}],
@@ -232,10 +282,12 @@ def test_thresholds_are_the_conformal_quantiles_of_the_calibration_split(done: D
             return_dict=True,
         )["input_ids"]
         with torch.no_grad():
-            hidden = model(ids, output_hidden_states=True).hidden_states[gate.layer]
-        read = hidden[0, gate_position(ids[0].tolist(), gate.instruction_suffix_ids)]
+            hidden = model(ids, output_hidden_states=True).hidden_states
+        first, last = n_before, ids.shape[1] - len(gate.message.suffix_ids)
+        message = hidden[gate.message.layer][0, first:last].mean(0) @ weight
+        read = hidden[gate.layer][0, last - 1] @ done.artifact.probe_weight
         group = "harmful" if prompt.label == "harmful" else prompt.stratum
-        scores[group].append(float(probe_score(read, done.artifact.probe_weight, gate.bias)))
+        scores[group].append(float(message + read + gate.bias))
 
     def upper(values: list[float], level: float) -> float:
         rank = -int(-(len(values) + 1) * (1 - level) // 1)  # rounded up
@@ -262,11 +314,11 @@ def test_reported_rates_are_those_of_the_test_split(
         assert {pair.prompt for pair in pairs} <= texts
     found = done.artifact.manifest.gate.measurements
     harmful = [p for p in test if p.label == "harmful"]
-    hidden, _ = capture_hidden(
+    hidden = capture_hidden(
         subject, harmful, 4, 0, 32, WorkFolder(tmp_path / "w", "x"), "test", Silent()
     )
     gate = done.artifact.manifest.gate
-    scores = probe_score(hidden[:, gate.layer], done.artifact.probe_weight, gate.bias)
+    scores = done.result.probe.scores(Labelled(harmful, hidden))
     share = float((scores > gate.raise_above).float().mean())
     assert found["harmful_above_raise"].n == len(harmful)
     assert found["harmful_above_raise"].value == pytest.approx(share)

@@ -365,7 +365,9 @@ def test_an_interrupted_command_says_that_finished_work_is_kept(
         first = running.stderr.readline()
         running.send_signal(signal.SIGINT)
         rest = running.stderr.read()
-        assert running.wait(60) == 130, first + rest
+        # CPython dies of the signal itself if it came while a string was executed, as by an import
+        # of dataclasses; a shell calls both 130.
+        assert running.wait(60) in (130, -signal.SIGINT), first + rest
     assert rest.endswith(
         "interrupted: finished work is kept; run the same command again to go on from there\n"
     )

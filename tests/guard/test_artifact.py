@@ -28,6 +28,7 @@ from guard.artifact import (
     GateSpec,
     Interval,
     Manifest,
+    MessageRead,
     ModelIdentity,
     load_artifact,
     save_artifact,
@@ -36,7 +37,7 @@ from guard.artifact import (
 from guard.errors import ArtifactError, ModelMismatchError
 from guard.steering import Carrier
 
-GOLDEN_SHA256 = "51df94571d387d39cfc3fe687ff2aac5e0c48a70ab5824826285219f361e5c75"
+GOLDEN_SHA256 = "5bce7a12e7600d1c177e30fc71c32b8d7dcc9e94d8af0d9a6844a250cee51c10"
 """Of `small_artifact` as a file. If it changes, files of other releases no longer load: raise
 `FORMAT_VERSION`."""
 
@@ -86,6 +87,7 @@ def small_artifact() -> CarrierArtifact:
             delta=0.05,
             n_by_stratum={"harmful": 60},
             measurements={"auroc": interval},
+            message=MessageRead(layer=1, suffix_ids=[7, 3, 4], opening_ids=[6], width=64),
         ),
         refusal_examples=['I\'m sorry, "no". \u00e9', '"file_sha256": "' + "e" * 64 + '"'],
         controls={"shift": interval},
@@ -98,14 +100,17 @@ def small_artifact() -> CarrierArtifact:
         probe_weight=torch.arange(8.0) - 4,
         refusal_token_ids=torch.tensor([5, 9]),
         refusal_token_weights=torch.tensor([1.0, 0.75]),
+        message_weight=torch.arange(8.0) / 4,
     )
 
 
 def tensors_of(artifact: CarrierArtifact) -> dict[str, torch.Tensor]:
     """The tensors under the names that they have in the file."""
-    lower = artifact.lower_carrier
+    lower, message = artifact.lower_carrier, artifact.message_weight
     assert lower is not None
+    assert message is not None
     return {
+        "probe.message": message,
         "raise.basis": artifact.raise_carrier.basis,
         "raise.target": artifact.raise_carrier.target,
         "lower.basis": lower.basis,
@@ -189,6 +194,19 @@ def test_the_format_has_not_changed(path: Path) -> None:
     assert hashlib.sha256(path.read_bytes()).hexdigest() == GOLDEN_SHA256
 
 
+def test_a_file_that_begins_like_a_pickle_by_chance_is_read(tmp_path: Path) -> None:
+    """The first byte is the lowest of the header's length: one length in 256 begins with 0x80."""
+    whole = small_artifact()
+    for n in range(0, 2048, 8):
+        manifest = whole.manifest.model_copy(update={"seed": 7, "created": "2" * n})
+        path = tmp_path / "guard"
+        save_artifact(replace(whole, manifest=manifest), path)
+        if path.read_bytes()[:1] == b"\x80":
+            assert load_artifact(path).manifest == manifest
+            return
+    raise AssertionError("no header of such a length was made")
+
+
 def test_only_the_owner_can_read_the_file_even_where_others_could_before(path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     path.chmod(0o644)
@@ -221,6 +239,8 @@ def test_what_would_not_load_is_not_saved(path: Path) -> None:
         replace(whole, lower_carrier=None),
         replace(whole, probe_weight=torch.full((8,), torch.nan)),
         replace(whole, probe_weight=torch.zeros(9)),
+        replace(whole, message_weight=torch.zeros(9)),
+        replace(whole, message_weight=None),
         replace(whole, refusal_token_ids=torch.tensor([5, 32])),
     ]
     for artifact in unfit:

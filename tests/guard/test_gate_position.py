@@ -1,6 +1,9 @@
 """Where the probe reads: the token before the instruction suffix."""
 
-from guard.gate import gate_position, gate_positions
+import pytest
+import torch
+
+from guard.gate import gate_position, gate_positions, message_positions, pooled_scores
 
 
 def test_probe_reads_the_token_before_the_last_instruction_suffix() -> None:
@@ -21,3 +24,35 @@ def test_pooled_tokens_end_where_a_single_one_would_be_read() -> None:
     assert gate_positions(prompt, [2, 3], 1) == [gate_position(prompt, [2, 3])]
     assert gate_positions(prompt, [2, 3], 3) == [5, 4, 3]
     assert gate_positions([1, 2, 3], [2, 3], 3) == [0, 0, 0]  # never before the prompt
+
+
+OPENING, SUFFIX = [8, 9], [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "width", "places"),
+    [
+        ([1, 8, 9, 5, 6, 7, 2, 3], 64, [3, 4, 5]),
+        ([1, 8, 9, 5, 6, 7, 2, 3], 2, [4, 5]),  # its last tokens
+        ([1, 8, 9, 5, 2, 3, 4, 2, 8, 9, 6, 7, 2, 3], 64, [10, 11]),  # the last of two messages
+        ([5, 6, 7, 2, 3], 64, [0, 1, 2]),  # no opening
+        ([5, 6, 7], 2, [1, 2]),  # a raw completion
+        ([1, 8, 9, 2, 3], 64, [0, 1, 2]),  # an empty message
+        ([1, 8, 9, 5, 8, 6, 2, 3], 64, [3, 4, 5]),  # half an opening inside
+    ],
+)
+def test_the_message_is_what_stands_between_opening_and_suffix(
+    prompt: list[int], width: int, places: list[int]
+) -> None:
+    assert message_positions(prompt, SUFFIX, OPENING, width) == places
+
+
+def test_pooled_scores_are_means_of_single_ones_whatever_the_padding_holds() -> None:
+    hidden = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    hidden[1, :3] = torch.nan  # padding
+    weight = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    found = pooled_scores(hidden, [[-5, -4, -2], [-1]], weight)
+    assert float(found[0]) == pytest.approx(float((hidden[0, [1, 2, 4]] @ weight).mean()), abs=1e-5)
+    assert float(found[1]) == pytest.approx(float(hidden[1, 5] @ weight), abs=1e-5)
+    hidden[1, 5, 0] = torch.nan
+    assert bool(pooled_scores(hidden, [[-1], [-1]], weight)[1].isnan())
