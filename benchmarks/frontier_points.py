@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from calibration.prompts import Label, Stratum
@@ -102,7 +103,7 @@ def attainable(x: np.ndarray, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
         (n_draws,).
     """
     allowed = np.maximum(x, xs.min(0))
-    best = np.where(xs <= allowed, ys, -np.inf).max(0)
+    best: np.ndarray = np.where(xs <= allowed, ys, -np.inf).max(0)
     for x1, y1 in zip(xs, ys, strict=True):
         for x2, y2 in zip(xs, ys, strict=True):
             between = (x1 <= allowed) & (allowed < x2)
@@ -184,14 +185,12 @@ def picture(result: dict[str, Any]) -> Figure:
                 some = [p for p in points if p["temperature"] == temperature]
                 x = [p[over_refusal]["refused"]["value"] for p in some]
                 y = [p["harmful"]["refused"]["value"] for p in some]
-                line = "" if family in ("cast", "base") else "-"
+                line = "-" if family in ("guard", "random_carrier", "static_addition") else ""
                 label = f"{family.replace('_', ' ')} ({len(some)})"
-                axis.plot(x, y, marker + line, ms=6, lw=0.8, alpha=0.85, label=label)
-                for p, *place in zip(some, x, y, strict=True) if family == "guard" else ():
-                    nats = np.mean([p[key]["kl_nats"]["value"] for key in SETS])
-                    axis.annotate(
-                        f"{nats:.2f} nats", place, (5, -9), textcoords="offset points", fontsize=7
-                    )
+                top = 3 if family == "guard" else 2
+                axis.plot(x, y, marker + line, ms=6, lw=1, alpha=0.85, label=label, zorder=top)
+                if family == "guard":
+                    note_guard(axis, some, over_refusal)
             n, m = (result["n"][key] for key in ("harmful", over_refusal))
             axis.set_xlabel(f"{over_refusal.replace('_', ' ')} prompts refused (n={m})")
             axis.set_ylabel(f"harmful prompts refused (n={n})")
@@ -201,6 +200,17 @@ def picture(result: dict[str, Any]) -> Figure:
             axis.grid(alpha=0.2)
     axes[0, 0].legend(fontsize=8, frameon=False, loc="lower right")
     return figure
+
+
+def note_guard(axis: Axes, points: Sequence[dict[str, Any]], over_refusal: str) -> None:
+    """Give the guard's points their intervals and their price."""
+    for p in points:
+        x, y = p[over_refusal]["refused"], p["harmful"]["refused"]
+        reach = [[[max(0.0, v["value"] - v["low"])], [v["high"] - v["value"]]] for v in (x, y)]
+        axis.errorbar(x["value"], y["value"], yerr=reach[1], xerr=reach[0], lw=0.6, color="grey")
+        nats = np.mean([p[key]["kl_nats"]["value"] for key in SETS])
+        place, away = (x["value"], y["value"]), (5, -9)
+        axis.annotate(f"{nats:.2f} nats", place, away, textcoords="offset points", fontsize=7)
 
 
 def completions(trials: Sequence[Trial], sets: dict[str, list[str]]) -> Iterator[str]:
