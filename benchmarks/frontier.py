@@ -56,7 +56,6 @@ SYSTEM_PROMPTS = (
 )
 CAST_AT = (0.5, 1.0)
 """Thresholds of `cast`, as places between the guard's τ_lo (0) and τ_hi (1)."""
-BATCH = 32
 
 
 class Arena:
@@ -68,6 +67,7 @@ class Arena:
         sets: set → prompts.
         max_tokens: longest response.
         seed: of the sampling noise and the random carriers.
+        batch: prompts answered together.
     """
 
     def __init__(
@@ -77,14 +77,16 @@ class Arena:
         sets: dict[str, list[str]],
         max_tokens: int,
         seed: int,
+        batch: int = 32,
     ) -> None:
+        self._batch = batch
         self.subject, self.artifact, self.sets = subject, artifact, sets
         self.prompts = [text for texts in sets.values() for text in texts]
         self.encoded = [subject.encode(text) for text in self.prompts]
         self.readings = [
             reading
-            for start in range(0, len(self.encoded), BATCH)
-            for reading in read_gate(subject, artifact, self.encoded[start : start + BATCH])
+            for start in range(0, len(self.encoded), batch)
+            for reading in read_gate(subject, artifact, self.encoded[start : start + batch])
         ]
         self._max_tokens, self._seed = max_tokens, seed
         self._base: dict[float, list[Reply]] = {}
@@ -174,8 +176,8 @@ class Arena:
         rows = range(len(encoded)) if rows is None else rows
         texts: dict[int, str] = {}
         order = sorted(rows, key=lambda i: len(encoded[i]))
-        for start in range(0, len(order), BATCH):
-            some = order[start : start + BATCH]
+        for start in range(0, len(order), self._batch):
+            some = order[start : start + self._batch]
             tokens = subject.respond(
                 [encoded[i] for i in some],
                 self._max_tokens,
@@ -300,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     artifact.check_model(subject.identity)
     files = {key: getattr(args, key) for key in SETS}
     sets = gather(files, artifact.manifest.seed, args.n)
-    arena = Arena(subject, artifact, sets, args.max_tokens, args.seed)
+    arena = Arena(subject, artifact, sets, args.max_tokens, args.seed, args.batch)
     trials = run(
         arena, args.temperatures, args.budgets, args.lower_budget, args.strengths, args.seed
     )
@@ -347,6 +349,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     parser.add_argument("--n", type=int, default=100, help="prompts a set")
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32, help="prompts answered together")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])

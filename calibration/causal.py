@@ -42,6 +42,10 @@ class RefusalTokens:
     ids: Tensor
     weights: Tensor
 
+    def to(self, device: torch.device) -> RefusalTokens:
+        """The same, where logits are."""
+        return RefusalTokens(self.ids.to(device), self.weights.to(device))
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -192,7 +196,7 @@ def dose_response(
         doses: (n_doses,) mixing strengths in [0, 1].
 
     Returns:
-        Three (n_doses,) tensors: nats, nats, probability.
+        Three (n_doses,) tensors on the CPU: nats, nats, probability.
     """
     base = bench.base_logprobs(sign)
     delta = _deltas(subject, bench, [candidate], sign, scale, base)[0]
@@ -200,7 +204,7 @@ def dose_response(
     tilts = [_tilt(base, delta, float(dose)) for dose in doses.tolist()]
     kl = torch.stack([tilt.kl_nats for tilt in tilts])
     refusals = torch.stack([tilt.refusal_prob(bench.tokens)[n_safe:].mean() for tilt in tilts])
-    return kl[:, :n_safe].mean(1), kl[:, n_safe:].mean(1), refusals
+    return kl[:, :n_safe].mean(1).cpu(), kl[:, n_safe:].mean(1).cpu(), refusals.cpu()
 
 
 def _scale_up(

@@ -422,7 +422,7 @@ def make_bench(
             "raise": undecided(answering, lambda p: p < _RAISE_IF_REFUSAL_BELOW),
             "lower": undecided(refusing, lambda p: p > _LOWER_IF_REFUSAL_ABOVE),
         },
-        tokens,
+        tokens.to(step.logits.device),
         config.safe_kl_nats,
         config.seed,
     )
