@@ -56,10 +56,9 @@ def serve(model: str, n: int, rows: int, again: int) -> dict[str, Any]:
     from calibration.prompts import shipped_prompts
 
     texts = spread([p.text for p in shipped_prompts()], n)
-    memory = {"gpu_memory_utilization": 0.03, "kv_cache_memory_bytes": 1 << 30}  # beside others
     llm = LLM(
         model, max_model_len=2048, max_num_seqs=rows, dtype="bfloat16", seed=0,
-        **(memory if torch.cuda.is_available() else {}),
+        gpu_memory_utilization=0.03, kv_cache_memory_bytes=1 << 30,  # beside others
     )  # fmt: skip
     worker: Any = llm.llm_engine.model_executor.driver_worker  # type: ignore[attr-defined]
     found = worker.__dict__.get("trimtab")
