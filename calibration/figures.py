@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from sklearn.metrics import roc_curve
 
 from calibration.causal import Effect, Sign
@@ -112,6 +112,9 @@ def candidates(result: CalibrationResult) -> Figure:
             _ring(axis, choice.effect.full_kl, choice.effect.shift.value, colour)
             axis.plot([], [], "o", mfc="none", mec=colour, label=f"chosen: {_place(choice)}")
         axis.set_xscale("log")
+        left, right = axis.get_xlim()
+        axis.set_xlim(min(left, 0.01), max(right, 1.0))  # at least the ticks of two decades
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("mean KL on safe prompts at full strength, nats")
         axis.set_ylabel(f"refusal-logit shift at {price:g} nats")
         axis.set_title(f"{sign} refusal")
