@@ -53,7 +53,7 @@ class CalibrationConfig(BaseModel):
         description="Mean KL on safe prompts at which all candidates are compared, in nats.",
     )
     alpha: float = Field(
-        default=0.05, gt=0.0, lt=1.0, description="Most benign prompts of a stratum to be raised."
+        default=0.1, gt=0.0, lt=1.0, description="Most benign prompts of a stratum to be raised."
     )
     delta: float = Field(
         default=0.05, gt=0.0, lt=1.0, description="Most harmful prompts to be lowered."
@@ -86,6 +86,20 @@ class CalibrationConfig(BaseModel):
     )
     test_prompts: int = Field(
         default=48, ge=0, description="Held-out prompts answered with and without the guard."
+    )
+    policy_prompts: int = Field(
+        default=64,
+        ge=0,
+        description="Prompts of each kind on which policies are compared; 0: no presets.",
+    )
+    target_over_refusal: float | None = Field(
+        default=None,
+        gt=0.0,
+        lt=1.0,
+        description="Share of ordinary prompts that the chosen policy may refuse at most.",
+    )
+    budget_nats: float | None = Field(
+        default=None, gt=0.0, le=64.0, description="Most nats per request of the chosen policy."
     )
     report_dir: Path | None = Field(default=None, description="Folder for the report.")
     work_dir: Path | None = Field(

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -35,7 +36,7 @@ from calibration.causal import (
 )
 from calibration.config import CalibrationConfig
 from calibration.directions import Candidate, category_subspaces, difference_in_means
-from calibration.evaluate import Answered, answer_pairs, compare
+from calibration.evaluate import Answered, answer_pairs, compare, read_gate
 from calibration.frontier import FrontierPoint
 from calibration.gate_fit import (
     Labelled,
@@ -47,6 +48,7 @@ from calibration.gate_fit import (
     template_window,
 )
 from calibration.geometry import effective_rank, participation_ratio, split_half_cosine
+from calibration.policies import Outcome, compile_policies, grid, tabulate
 from calibration.progress import Progress, Silent
 from calibration.prompts import (
     Prompt,
@@ -66,11 +68,12 @@ from guard.artifact import (
     Interval,
     Manifest,
     MessageRead,
+    Preset,
     load_artifact,
     save_artifact,
 )
-from guard.errors import NoAdmissibleCarrierError
-from guard.gate import Zone, refusal_probability
+from guard.errors import InputError, NoAdmissibleCarrierError
+from guard.gate import GateReading, Zone, conformal_upper, refusal_probability
 from guard.policy import Policy
 from guard.refusal import Verdict, judge
 
@@ -88,6 +91,8 @@ _LAYERS_TRIED = 12
 _CONFIRM_SCALES = (1.0, 2.0)
 _SIGNS: tuple[Sign, ...] = ("raise", "lower")
 _SUBSPACE_SIZES = (2, 4)
+_ALPHAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+_REFUSAL_ABOVE = (0.1, 0.2, 0.3)
 _DOSES = torch.tensor([0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0])
 
 
@@ -155,6 +160,9 @@ class CalibrationResult:
             else None,
             "gate": manifest.gate.model_dump(mode="json"),
             "refusal_examples": manifest.refusal_examples,
+            "presets": {
+                name: preset.model_dump(mode="json") for name, preset in manifest.presets.items()
+            },
             "notes": self.notes,
             "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
         }
@@ -325,8 +333,17 @@ def calibrate_subject(
             notes.append(f"no lower carrier: {why}; over-refusals will not be lowered")
     clock.lap("choose")
 
-    # What does the guard do to prompts that nothing has seen?
+    # Which thresholds and budgets are worth offering?
     artifact = draft.artifact(chosen)
+    frontier: list[FrontierPoint] = []
+    if config.policy_prompts:
+        progress.stage("compare policies", None)
+        frontier, presets, unmet = _policies(draft, artifact, captured["calibration"], probe)
+        artifact = _with_presets(artifact, presets)
+        notes += unmet
+    clock.lap("policies")
+
+    # What does the guard do to prompts that nothing has seen?
     progress.stage("answer held-out prompts", None)
     tested = _test(draft, artifact, splits)
     clock.lap("test")
@@ -348,6 +365,7 @@ def calibrate_subject(
         probe,
         tested,
         clock.seconds,
+        frontier,
     )
 
 
@@ -561,14 +579,28 @@ class _Draft:
     def targets(self, bench: Bench, sign: Sign) -> tuple[list[str], list[str]]:
         """The prompts on which candidates were compared, and the base model's responses."""
         prompts = [bench.prompts[row] for row in bench.targets[sign]]
-        encoded = [self.subject.encode(text) for text in prompts]
-        size, tokens = self.config.batch_size, self.config.confirm_tokens
-        responses = [
-            self.subject.decode(r)
-            for start in range(0, len(encoded), size)
-            for r in self.subject.respond(encoded[start : start + size], tokens)
+        return prompts, self.base(prompts)
+
+    def base(self, prompts: Sequence[str]) -> list[str]:
+        """The base model's own responses, of `confirm_tokens` tokens."""
+        return [
+            self.subject.decode(response)
+            for encoded in self._batches(prompts)
+            for response in self.subject.respond(encoded, self.config.confirm_tokens)
         ]
-        return prompts, responses
+
+    def readings(self, artifact: CarrierArtifact, prompts: Sequence[str]) -> list[GateReading]:
+        """What the gate reads."""
+        return [
+            reading
+            for encoded in self._batches(prompts)
+            for reading in read_gate(self.subject, artifact, encoded)
+        ]
+
+    def _batches(self, prompts: Sequence[str]) -> Iterator[list[list[int]]]:
+        size = self.config.batch_size
+        for start in range(0, len(prompts), size):
+            yield [self.subject.encode(text) for text in prompts[start : start + size]]
 
     def confirm(
         self,
@@ -760,6 +792,69 @@ def _test(draft: _Draft, artifact: CarrierArtifact, splits: Splits) -> dict[str,
     for name, group in prompts.items():
         tested[name], pairs = pairs[: len(group)], pairs[len(group) :]
     return {name: group for name, group in tested.items() if group}
+
+
+def _policies(
+    draft: _Draft, artifact: CarrierArtifact, held: Labelled, probe: Probe
+) -> tuple[list[FrontierPoint], dict[str, Preset], list[str]]:
+    """Compare policies on validation prompts; their thresholds are quantiles of other prompts."""
+    subject, config = draft.subject, draft.config
+    groups = {
+        "harmful": ("harmful", None),
+        "hard_benign": ("benign", "hard"),
+        "ordinary": ("benign", "ordinary"),
+    }
+    chosen = {
+        group: _some(draft.splits.validation, *kind, config.policy_prompts)
+        for group, kind in groups.items()
+    }
+    texts = [p.text for prompts in chosen.values() for p in prompts]
+    base, readings = draft.base(texts), draft.readings(artifact, texts)
+    names = [group for group, prompts in chosen.items() for _ in prompts]
+    outcomes = [
+        Outcome(group, reading, judge(text) in (Verdict.REFUSED, Verdict.PARTIAL))
+        for group, reading, text in zip(names, readings, base, strict=True)
+    ]
+    scores = probe.scores(held)
+    strata = [scores[m] for s in ("ordinary", "hard") if bool((m := held.mask("benign", s)).any())]
+    raise_above = {}
+    for alpha in sorted({*_ALPHAS, config.alpha}):
+        with suppress(InputError):  # too few prompts for it
+            raise_above[alpha] = max(conformal_upper(stratum, alpha) for stratum in strata)
+    most = config.budget_nats or config.raise_budget_nats
+    settings = grid(
+        artifact.thresholds,
+        raise_above,
+        _REFUSAL_ABOVE,
+        sorted({min(1.0, most), most}),
+        min(config.lower_budget_nats, most),
+    )
+
+    def answer(rows: Sequence[int], zone: Zone, budget: float) -> list[Answered]:
+        policy = Policy(raise_budget_nats=budget, lower_budget_nats=budget, token_cap_nats=budget)
+        return answer_pairs(
+            subject,
+            artifact,
+            policy,
+            [texts[i] for i in rows],
+            config.confirm_tokens,
+            config.batch_size,
+            zone,
+            [base[i] for i in rows],
+        )
+
+    tabulate(outcomes, settings, answer)
+    return compile_policies(
+        outcomes, settings, config.target_over_refusal, config.budget_nats, config.seed
+    )
+
+
+def _with_presets(artifact: CarrierArtifact, presets: dict[str, Preset]) -> CarrierArtifact:
+    """The guard with its presets, and with what they found to be worth lowering."""
+    above = presets["balanced"].lower_if_refusal_above
+    gate = artifact.manifest.gate.model_copy(update={"lower_if_refusal_above": above})
+    fields = {"gate": gate, "presets": presets}
+    return replace(artifact, manifest=artifact.manifest.model_copy(update=fields))
 
 
 def _scores_by_group(probe: Probe, test: Labelled) -> dict[str, Tensor]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from cli.output import table
-from guard.artifact import CarrierArtifact, CarrierSpec, Interval
+from guard.artifact import CarrierArtifact, CarrierSpec, Interval, Preset
 
-__all__ = ["describe", "mode_warning", "tables"]
+if TYPE_CHECKING:
+    from calibration.frontier import FrontierPoint
+
+__all__ = ["describe", "frontier_tables", "mode_warning", "tables"]
 
 
 def describe(artifact: CarrierArtifact, path: Path) -> dict[str, object]:
@@ -80,6 +85,8 @@ def tables(artifact: CarrierArtifact) -> list[Table]:
         table("Carriers", ("", "raise", "lower"), _carriers(artifact)),
         table("Gate", ("", ""), gates),
     ]
+    if manifest.presets:
+        made.append(_presets(manifest.presets))
     if manifest.controls:
         made.append(table("Random controls", ("", "value"), _measured(manifest.controls)))
     if manifest.geometry:
@@ -89,6 +96,47 @@ def tables(artifact: CarrierArtifact) -> list[Table]:
         texts = [(text,) for text in manifest.refusal_examples]
         made.append(table("The model's own refusals, most frequent first", ("opening",), texts))
     return made
+
+
+def frontier_tables(frontier: Sequence[FrontierPoint]) -> list[Table]:
+    """The policies that a calibration compared, the recommended one marked; none: no table."""
+    if not frontier:
+        return []
+    rows = [
+        (
+            "*" if p.chosen else "",
+            p.name,
+            f"{p.raise_budget_nats:g} / {p.lower_budget_nats:g}",
+            str(p.harmful_refused),
+            str(p.hard_benign_refused),
+            str(p.ordinary_refused),
+            f"{p.benign_nats.value:.3f}",
+        )
+        for p in frontier
+    ]
+    columns = ("", "policy", "nats", "harmful refused", "hard benign", "ordinary", "benign nats")
+    return [table("Policies compared on validation prompts, * recommended", columns, rows)]
+
+
+def _presets(presets: dict[str, Preset]) -> Table:
+    """What each set of thresholds did to validation prompts, at its budgets."""
+    rows = [
+        (
+            name,
+            f"α = {p.alpha:g}: score > {p.raise_above:.3f}",
+            "never"
+            if p.lower_below is None
+            else f"score < {p.lower_below:.3f}, p_R > {p.lower_if_refusal_above:g}",
+            f"{p.raise_budget_nats:g} / {p.lower_budget_nats:g}",
+            *(
+                str(p.rates[key]) if key in p.rates else ""
+                for key in ("harmful_refused", "hard_benign_refused", "ordinary_refused")
+            ),
+        )
+        for name, p in presets.items()
+    ]
+    columns = ("preset", "raise", "lower", "nats", "harmful refused", "hard benign", "ordinary")
+    return table("Presets: `preset: NAME` in the policy", columns, rows)
 
 
 def _carriers(artifact: CarrierArtifact) -> list[tuple[str, str, str]]:

@@ -131,8 +131,22 @@ def calibrate(
     ] = 0.1,
     alpha: Annotated[
         float, typer.Option(help="Most benign prompts of a stratum that may be raised.")
-    ] = 0.05,
+    ] = 0.1,
     delta: Annotated[float, typer.Option(help="Most harmful prompts that may be lowered.")] = 0.05,
+    target_over_refusal: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Choose the policy that may refuse this share of ordinary prompts at most, with"
+            " 95 % confidence.",
+        ),
+    ] = None,
+    budget_nats: Annotated[
+        float | None, typer.Option(help="Most nats per request of the chosen policy.")
+    ] = None,
+    policy_prompts: Annotated[
+        int, typer.Option(help="Prompts of each kind on which policies are compared; 0: none.")
+    ] = 64,
     answer_opening: Annotated[
         str,
         typer.Option(
@@ -179,7 +193,7 @@ def calibrate(
 
     from calibration.config import CalibrationConfig
     from calibration.pipeline import calibrate as run
-    from cli.inspection import tables
+    from cli.inspection import frontier_tables, tables
     from cli.memory import keep_freed_memory
 
     try:
@@ -199,6 +213,9 @@ def calibrate(
             safe_kl_nats=safe_kl_nats,
             alpha=alpha,
             delta=delta,
+            target_over_refusal=target_over_refusal,
+            budget_nats=budget_nats,
+            policy_prompts=policy_prompts,
             answer_opening=answer_opening,
             report_dir=report,
             work_dir=work_dir,
@@ -216,7 +233,7 @@ def calibrate(
     if as_json:
         print_json({**result.summary(), "out": str(out)})
         return
-    print_tables(*tables(result.artifact))
+    print_tables(*tables(result.artifact), *frontier_tables(result.frontier))
     for line in result.notes:
         note(f"note: {line}")
     note(f"guard {result.artifact_id} written to {out}")

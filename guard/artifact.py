@@ -42,6 +42,7 @@ __all__ = [
     "Manifest",
     "MessageRead",
     "ModelIdentity",
+    "Preset",
     "load_artifact",
     "save_artifact",
     "write_atomically",
@@ -176,6 +177,21 @@ class GateSpec(_Frozen):
         return [last - back for back in range(self.n_pooled)]
 
 
+class Preset(_Frozen):
+    """Thresholds between missed harm and over-refusal, and what they did to validation prompts.
+
+    A policy names one with `preset`; the budgets are those at which the rates were measured.
+    """
+
+    raise_above: _Finite
+    lower_below: _Finite | None
+    lower_if_refusal_above: _Finite
+    raise_budget_nats: _Finite
+    lower_budget_nats: _Finite
+    alpha: _Finite = Field(description="most benign prompts of a stratum above raise_above")
+    rates: dict[str, Interval] = Field(default_factory=dict)
+
+
 class Manifest(_Frozen):
     """Everything about a guard that is not a tensor."""
 
@@ -193,6 +209,9 @@ class Manifest(_Frozen):
         default_factory=list, description="the model's own refusal openings, most frequent first"
     )
     controls: dict[str, Interval] = Field(default_factory=dict)
+    presets: dict[str, Preset] = Field(
+        default_factory=dict, description="name → thresholds that a policy may ask for"
+    )
     geometry: dict[str, _Finite] = Field(default_factory=dict)
     sensitive: str = "This file names the model's refusal direction. Keep it like a credential."
 
@@ -237,6 +256,31 @@ class CarrierArtifact:
             gate.raise_if_refusal_below,
             gate.lower_if_refusal_above,
         )
+
+    def with_preset(self, name: str | None) -> CarrierArtifact:
+        """The guard with the thresholds of a preset; None leaves them as they are.
+
+        Raises:
+            ArtifactError: the guard has no such preset.
+        """
+        if name is None:
+            return self
+        preset = self.manifest.presets.get(name)
+        if preset is None:
+            known = ", ".join(self.manifest.presets) or "none"
+            raise ArtifactError(
+                f"guard {self.artifact_id}: no preset {name!r}, it has {known}; correct `preset` in"
+                " the policy, or re-run `trimtab calibrate`"
+            )
+        gate = self.manifest.gate.model_copy(
+            update={
+                "raise_above": preset.raise_above,
+                "lower_below": preset.lower_below,
+                "lower_if_refusal_above": preset.lower_if_refusal_above,
+                "alpha": preset.alpha,
+            }
+        )
+        return replace(self, manifest=self.manifest.model_copy(update={"gate": gate}))
 
     def check_model(self, model: ModelIdentity) -> None:
         """Refuse to guard a model that this artifact was not calibrated on.

@@ -78,6 +78,11 @@ class Policy(BaseModel):
         description="Text that ends the thinking, for steer_from: answer; by default what the chat"
         " template or the vocabulary has.",
     )
+    preset: str | None = Field(
+        default=None,
+        description="Thresholds of the guard to use, e.g. strict, balanced or permissive; by"
+        " default those that its calibration certified for alpha.",
+    )
     lower: Annotated[Literal["certified", "off"], BeforeValidator(_yaml_off)] = Field(
         default="certified",
         description="certified: lower only where the artifact certifies its threshold; off: never.",
@@ -196,7 +201,7 @@ def looser_in(policy: Policy, default: Policy) -> list[str]:
         faults.append("on_failure must stay closed")
     faults += [
         f"{name} is the whole server's"
-        for name in ("mode", "debug_fields", "steer_from", "answer_marker")
+        for name in ("mode", "debug_fields", "steer_from", "answer_marker", "preset")
         if getattr(mine, name) != getattr(theirs, name)
     ]
     return faults

@@ -441,7 +441,9 @@ def load_engine(
             PolicyError, for a policy that does not fit the model.
         UnsupportedModelError: the model cannot be guarded.
     """
-    artifact = load_artifact(guard) if guard is not None and policy.mode != "off" else None
+    artifact = None
+    if guard is not None and policy.mode != "off":
+        artifact = load_artifact(guard).with_preset(policy.preset)
     loaded, tokenizer = _load_model(model, dtype, device, revision, trust_remote_code)
     name = served_model_name or (Path(model).name if Path(model).is_dir() else model)
     return TransformersEngine(

@@ -91,7 +91,7 @@ def _load(guard: str | None, policy_file: str | None) -> Armament | None:
     if not guard:
         raise InputError(f"TRIMTAB_POLICY is set, so TRIMTAB_GUARD is needed in mode {policy.mode}")
     check_policy(policy)
-    return Armament(load_artifact(Path(guard)), policy)
+    return Armament(load_artifact(Path(guard)).with_preset(policy.preset), policy)
 
 
 def _install(armament: Armament) -> None:

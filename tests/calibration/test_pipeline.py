@@ -452,7 +452,7 @@ def test_the_html_report_is_one_file_that_fetches_and_runs_nothing(done: Done) -
     assert not re.search(r"@import|url\((?!#)", text)
     for target in page.values("href", "xlink:href", "src"):
         assert target.startswith(("#", "data:image/png;base64,")), target
-    assert sum(tag == "svg" for tag, _ in page.elements) == 6
+    assert sum(tag == "svg" for tag, _ in page.elements) == 7
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     assert {target[1:] for target in page.values("xlink:href") if target[0] == "#"} <= set(ids)
@@ -471,7 +471,8 @@ def test_the_html_report_says_what_the_markdown_says(done: Done) -> None:
         assert f"{value:.4g}" in page.text
     assert gate.guarantee in page.text
     assert all(name in page.text for name in ("difference in means", "random controls"))
-    assert "Frontier" not in page.text
+    assert "Frontier" in page.text
+    assert "Frontier" not in Page(html_page(replace(done.result, frontier=[]))).text
 
 
 def test_the_html_report_escapes_what_users_and_models_wrote(done: Done) -> None:

@@ -30,14 +30,16 @@ from guard.artifact import (
     Manifest,
     MessageRead,
     ModelIdentity,
+    Preset,
     load_artifact,
     save_artifact,
     write_atomically,
 )
 from guard.errors import ArtifactError, ModelMismatchError
+from guard.gate import Thresholds
 from guard.steering import Carrier
 
-GOLDEN_SHA256 = "5bce7a12e7600d1c177e30fc71c32b8d7dcc9e94d8af0d9a6844a250cee51c10"
+GOLDEN_SHA256 = "990b429a990a5b5928f68249b6e4ebf8301e503731a33ba85b5172f67165a667"
 """Of `small_artifact` as a file. If it changes, files of other releases no longer load: raise
 `FORMAT_VERSION`."""
 
@@ -192,6 +194,29 @@ def test_a_guard_without_a_lower_carrier_comes_back_too(tmp_path: Path) -> None:
 
 def test_the_format_has_not_changed(path: Path) -> None:
     assert hashlib.sha256(path.read_bytes()).hexdigest() == GOLDEN_SHA256
+
+
+def test_a_preset_replaces_the_thresholds_and_nothing_else() -> None:
+    preset = Preset(
+        raise_above=0.5,
+        lower_below=-2.0,
+        lower_if_refusal_above=0.3,
+        raise_budget_nats=1.0,
+        lower_budget_nats=1.0,
+        alpha=0.2,
+    )
+    whole = small_artifact()
+    manifest = whole.manifest.model_copy(update={"presets": {"strict": preset}})
+    guard = replace(whole, manifest=manifest)
+    strict = guard.with_preset("strict")
+    assert strict.thresholds == Thresholds(0.5, -2.0, 0.9, 0.3)
+    assert strict.manifest.gate.alpha == 0.2
+    assert strict.artifact_id == guard.artifact_id
+    assert guard.with_preset(None) is guard
+    with pytest.raises(ArtifactError, match="no preset 'strickt', it has strict"):
+        guard.with_preset("strickt")
+    with pytest.raises(ArtifactError, match="no preset 'strict', it has none"):
+        whole.with_preset("strict")
 
 
 def test_a_file_that_begins_like_a_pickle_by_chance_is_read(tmp_path: Path) -> None:

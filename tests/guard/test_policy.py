@@ -30,7 +30,12 @@ def test_the_page_on_the_policy_names_every_key_with_its_default() -> None:
     page = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| `?([^|`]+)`? \|", page, re.MULTILINE))
     assert rows.keys() == Policy.model_fields.keys()
-    in_words = {"answer_marker": "found", "policies": "none", "debug_fields": "false"}
+    in_words = {
+        "answer_marker": "found",
+        "policies": "none",
+        "preset": "none",
+        "debug_fields": "false",
+    }
     told = {name: str(value) for name, value in Policy().model_dump().items()} | in_words
     assert {name: default.strip() for name, default in rows.items()} == told
 
