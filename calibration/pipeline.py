@@ -157,18 +157,17 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
 
     Raises:
         PromptSetError: a prompt file cannot be used.
-        InputError: no such model, or a folder that cannot be written.
+        InputError: no such model or endpoint, or a folder that cannot be written.
+        EndpointError: the endpoint broke off; what was captured is kept.
         UnsupportedModelError: the model cannot be guarded exactly.
         NoAdmissibleCarrierError: nothing meets the KL constraint and beats the controls; no guard
             is written.
     """
-    # The import is here so that prompts are checked before gigabytes are loaded.
     prompts = gather_prompts(config)
-    from calibration.transformers_subject import load_subject
 
     progress = progress or Silent()
     progress.stage("load model", None)
-    subject = load_subject(config)
+    subject = _open_subject(config, prompts)
     work = WorkFolder(
         config.work_folder,
         fingerprint(
@@ -177,7 +176,7 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
             config.seed,
             config.batch_size,
             config.listen_tokens,
-            config.device,
+            config.device if config.endpoint is None else "endpoint",
         ),
     )
     try:
@@ -194,6 +193,19 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
         write_report(result, config.report_dir)
     work.remove()
     return result
+
+
+def _open_subject(config: CalibrationConfig, prompts: Sequence[Prompt]) -> Subject:
+    # The imports are here so that prompts are checked before gigabytes are loaded.
+    if config.endpoint is None:
+        from calibration.transformers_subject import load_subject
+
+        return load_subject(config)
+    from calibration.endpoint_subject import EndpointSubject
+
+    key = config.admin_key.get_secret_value()
+    texts = [prompt.text for prompt in prompts]
+    return EndpointSubject(config.endpoint, key, config.model_name, texts)
 
 
 def gather_prompts(config: CalibrationConfig) -> list[Prompt]:

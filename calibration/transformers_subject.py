@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from calibration.config import CalibrationConfig
 from guard.artifact import ModelIdentity
-from guard.errors import InputError, PromptSetError, UnsupportedModelError
+from guard.errors import InputError, PromptSetError
 from guard.identity import model_identity
 from guard.session import GuardSession
 from guard.shadow import BaseStep, ShadowModel
 from guard.step import guarded_logits, layers_wanted
+from guard.template import chat_ids, check_template, distinct_instructions, instruction_suffix
 
-__all__ = ["TransformersSubject", "instruction_suffix", "load_subject"]
+__all__ = ["TransformersSubject", "load_subject"]
 
 
 def load_subject(config: CalibrationConfig) -> TransformersSubject:
@@ -67,17 +68,12 @@ class TransformersSubject:
         revision: str | None = None,
         layers_path: str | None = None,
     ) -> None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise UnsupportedModelError(
-                f"{model_id}: the tokenizer has no chat template, so there is no place at which a"
-                " response begins; calibrate the chat (instruct) variant, or set"
-                " tokenizer.chat_template and save it with the model"
-            )
+        check_template(tokenizer, model_id)
         self._tokenizer = tokenizer
         self._runner = ShadowModel(model, layers_path)
         self._config = model.config.get_text_config()
         self._identity = model_identity(model, tokenizer, model_id, revision)
-        self._samples = _distinct_instructions(tokenizer)
+        self._samples = distinct_instructions(tokenizer)
         self._suffix_ids = instruction_suffix(self._template, self._samples)
         eos = model.generation_config.eos_token_id
         self._eos = set(eos) if isinstance(eos, list) else {eos}
@@ -181,12 +177,7 @@ class TransformersSubject:
         return responses
 
     def _template(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        return list(ids)
+        return chat_ids(self._tokenizer, text)
 
     def _shared_prefix(self) -> tuple[list[int], Any]:
         """What the template puts before every instruction, and its KV cache."""
@@ -205,41 +196,3 @@ class TransformersSubject:
                 layer.__dict__.pop("update", None)
                 layer.__dict__.pop("last_returned", None)
         return prefix, cache
-
-
-def _distinct_instructions(tokenizer: Any) -> list[str]:
-    """Short texts that end, and begin, in different tokens, in any vocabulary."""
-    plain = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
-    some = plain[:: max(1, len(plain) // 8)][:8]
-    words = (tokenizer.decode([token_id]).strip() for token_id in some)
-    return ["A", "7", "…", *(word for word in words if word)]
-
-
-def instruction_suffix(template: Any, instructions: Sequence[str]) -> list[int]:
-    """Return the token ids that follow every instruction in a chat template.
-
-    Args:
-        template: callable from a user message to token ids, generation prompt included.
-        instructions: user messages of which at least two are different tokens.
-
-    Raises:
-        UnsupportedModelError: nothing follows the instruction, or the instructions are all the same
-            to this tokenizer.
-    """
-    samples = [template(text) for text in instructions]
-    if len({tuple(sample) for sample in samples}) < 2:
-        raise UnsupportedModelError(
-            "the chat template gives the same tokens for every instruction, so where an instruction"
-            " ends cannot be told; is this the model's own tokenizer?"
-        )
-    suffix: list[int] = []
-    for tokens in zip(*(reversed(s) for s in samples), strict=False):
-        if len(set(tokens)) > 1:
-            break
-        suffix.insert(0, tokens[0])
-    if not suffix:
-        raise UnsupportedModelError(
-            "the chat template puts nothing after the instruction, so there is no post-instruction"
-            " token to read a refusal direction at"
-        )
-    return suffix

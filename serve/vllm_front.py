@@ -25,7 +25,7 @@ from guard.session import Record
 from serve.metrics import ErrorKind, GuardMetrics
 from serve.vllm_patch import check_statuses, wrap
 
-__all__ = ["Front", "check_request", "install", "read_record"]
+__all__ = ["Front", "check_request", "install", "metrics_of", "read_record", "served_name"]
 
 _log = logging.getLogger("trimtab.vllm")
 
@@ -53,17 +53,21 @@ class Front:
         engine: the `AsyncLLM`.
         artifact: the guard file.
         policy: the operator's.
+
+    Attributes:
+        metrics: the guard's.
+        spared: says which requests are not counted: those of a calibration.
     """
 
     def __init__(self, engine: Any, artifact: CarrierArtifact, policy: Policy) -> None:
+        self.spared: Callable[[str], bool] = lambda _: False
         self._engine, self._artifact, self._policy = engine, artifact, policy
         self._ended: dict[str, _Ended] = {}
         self._armed = False
         self._arming: asyncio.Lock | None = None
         self._task: asyncio.Task[None] | None = None
-        names = engine.vllm_config.model_config.served_model_name
-        self.metrics = _metrics(
-            names if isinstance(names, str) else names[0],
+        self.metrics = metrics_of(
+            served_name(engine.vllm_config),
             policy.mode,
             artifact.artifact_id,
             artifact.manifest.format_version,
@@ -110,6 +114,8 @@ class Front:
 
     def end(self, request_id: str, text: str | None, seconds: float | None) -> None:
         """A response ended; None as text: it was aborted."""
+        if self.spared(request_id):
+            return
         self._ended[request_id] = _Ended(text, seconds)
 
     def close(self) -> None:
@@ -300,8 +306,16 @@ def _client_fault(error: RequestError) -> Exception:
     return fault
 
 
+def served_name(config: Any) -> str:
+    """The name under which a `vllm.config.VllmConfig` serves its model."""
+    names = config.model_config.served_model_name
+    return names if isinstance(names, str) else str(names[0])
+
+
 @functools.lru_cache(maxsize=8)
-def _metrics(model: str, mode: str, artifact_id: str, format_version: int) -> GuardMetrics:
+def metrics_of(
+    model: str, mode: str, artifact_id: str | None = None, format_version: int | None = None
+) -> GuardMetrics:
     """One set per process, which outlives its engines; vLLM's /metrics shows this registry."""
     from prometheus_client import REGISTRY
 

@@ -273,6 +273,7 @@ class StepGuard:
         n_steps: steps it has seen.
         awake: False while vLLM warms up with requests of its own; nothing is served then.
         rehearsing: True while the canary runs, which warms up what steering needs.
+        spared: says which requests are not guarded: those of a calibration.
     """
 
     def __init__(self, artifact: CarrierArtifact, policy: Policy, device: torch.device) -> None:
@@ -285,6 +286,7 @@ class StepGuard:
         self.n_steps = 0
         self.awake = False
         self.rehearsing = False
+        self.spared: Callable[[str], bool] = lambda _: False
         self._device = device
         self._ended: OrderedDict[str, GuardedRequest] = OrderedDict()
         self._active: dict[str, GuardedRequest] = {}  # that are steered, or failed
@@ -299,6 +301,11 @@ class StepGuard:
         """Layers whose input is read: the gate's and the carriers', rising."""
         carriers = (self.artifact.raise_carrier, self.artifact.lower_carrier)
         return sorted({self.artifact.manifest.gate.layer, *(c.layer for c in carriers if c)})
+
+    @property
+    def gate_layer(self) -> int:
+        """The layer at which the gate is read."""
+        return self.artifact.manifest.gate.layer
 
     def renew(self, request_id: str, n_prompt: int) -> None:
         """A request is announced, perhaps again: one whose prompt has grown is gated anew."""
@@ -363,7 +370,8 @@ class StepGuard:
         self.n_steps += 1
         self.settle()
         gate, scores = self.artifact.manifest.gate, self._scores
-        unknown = {name for name in runner.request_ids if name not in self.requests}
+        new = (name for name in runner.request_ids if name not in self.requests)
+        unknown = {name for name in new if not self.spared(name)}
         self._fresh = runner.sampling_rows(unknown) if unknown else []
         with runner.at_gate() if self._fresh else nullcontext():
             hidden = runner.hidden(gate.layer)

@@ -1,0 +1,74 @@
+"""What a chat template puts around an instruction. Tokenizers are read by their public shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from guard.errors import UnsupportedModelError
+
+__all__ = ["chat_ids", "check_template", "distinct_instructions", "instruction_suffix"]
+
+
+def check_template(tokenizer: Any, model_id: str) -> None:
+    """Refuse a tokenizer without a chat template.
+
+    Raises:
+        UnsupportedModelError: says what to do.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UnsupportedModelError(
+            f"{model_id}: the tokenizer has no chat template, so there is no place at which a"
+            " response begins; calibrate the chat (instruct) variant, or set"
+            " tokenizer.chat_template and save it with the model"
+        )
+
+
+def chat_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a single-turn chat with this user message, generation prompt included."""
+    ids: list[int] = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    return list(ids)
+
+
+def distinct_instructions(tokenizer: Any) -> list[str]:
+    """Short texts that end, and begin, in different tokens, in any vocabulary."""
+    plain = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    some = plain[:: max(1, len(plain) // 8)][:8]
+    words = (tokenizer.decode([token_id]).strip() for token_id in some)
+    return ["A", "7", "…", *(word for word in words if word)]
+
+
+def instruction_suffix(
+    template: Callable[[str], Sequence[int]], instructions: Sequence[str]
+) -> list[int]:
+    """Return the token ids that follow every instruction in a chat template.
+
+    Args:
+        template: from a user message to token ids, generation prompt included.
+        instructions: user messages of which at least two are different tokens.
+
+    Raises:
+        UnsupportedModelError: nothing follows the instruction, or the instructions are all the same
+            to this tokenizer.
+    """
+    samples = [template(text) for text in instructions]
+    if len({tuple(sample) for sample in samples}) < 2:
+        raise UnsupportedModelError(
+            "the chat template gives the same tokens for every instruction, so where an instruction"
+            " ends cannot be told; is this the model's own tokenizer?"
+        )
+    suffix: list[int] = []
+    for tokens in zip(*(reversed(s) for s in samples), strict=False):
+        if len(set(tokens)) > 1:
+            break
+        suffix.insert(0, tokens[0])
+    if not suffix:
+        raise UnsupportedModelError(
+            "the chat template puts nothing after the instruction, so there is no post-instruction"
+            " token to read a refusal direction at"
+        )
+    return suffix
