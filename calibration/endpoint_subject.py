@@ -77,7 +77,7 @@ class EndpointSubject:
         try:
             self._http = httpx.Client(
                 base_url=self._url + PATH,
-                headers={"authorization": f"Bearer {key.strip()}".encode()},
+                headers={b"authorization": f"Bearer {key.strip()}".encode()},
                 timeout=httpx.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
                 transport=httpx.HTTPTransport(retries=2),  # of connecting only
             )

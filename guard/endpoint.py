@@ -138,9 +138,9 @@ class ShadowRequest(_Message):
     rows: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, max_length=MAX_ROWS)
 
     @model_validator(mode="after")
-    def _within(self) -> Self:
-        if max(self.rows) >= len(self.prompts):
-            raise ValueError("rows: one of them names no prompt")
+    def _matching(self) -> Self:
+        if set(self.rows) != set(range(len(self.prompts))):
+            raise ValueError("rows: each has a prompt, and each prompt a row")
         return self
 
 

@@ -17,13 +17,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from guard.endpoint import CaptureRequest, ShadowRequest, pack, unpack
-from guard.errors import NotArmedError, NumericsError
+from guard.errors import NotArmedError
 from serve.canary import compare
 from serve.vllm_guard import Runner, SamplingRow, StepGuard
 from serve.vllm_runner import ModelRunner, attach
@@ -120,12 +121,11 @@ class Desk:
         if len(done.found) != n:
             return f"{len(done.found)} of {n} prompts were seen by the model runner", b""
         rows = [done.found[i] for i in range(n)]
-        whole = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        if isinstance(done.work, ShadowRequest):
-            # Prompt by prompt, as they were run; asked for in the order of `rows`.
-            order = torch.tensor(_by_prompt(done.work.rows, range(n))).argsort()
-            whole = {"difference": torch.cat([row["difference"] for row in rows])[order]}
-        return "", pack(whole)
+        if isinstance(done.work, CaptureRequest):
+            return "", pack({k: torch.stack([row[k] for row in rows]) for k in rows[0]})
+        # They were run prompt by prompt, and are asked for in the order of `rows`.
+        order = torch.tensor(_by_prompt(done.work.rows, range(n))).argsort()
+        return "", pack({"difference": torch.cat([row["difference"] for row in rows])[order]})
 
     def begin(self, runner: Runner) -> bool:
         """True if this step holds a prompt of an open job."""
@@ -169,47 +169,56 @@ class Desk:
     ) -> None:
         """Run the last tokens of prompts again from the embeddings on; note what enters layers."""
         k = work.n_last
-        rows = [row.row for _, row in due for _ in range(k)]
-        seen = [row.n_prompt - back for _, row in due for back in reversed(range(k))]
-        ids = [work.prompts[index][back] for index, _ in due for back in range(-k, 0)]
-        hidden: dict[int, Tensor] = {}
-
-        def note(layer: int, entering: Tensor) -> None:
-            if layer in work.layers:
-                hidden[layer] = entering.reshape(len(due), k, -1).clone()
-
-        last = self._runner.rerun(rows, seen, 0, self._runner.embed(ids), note)
-        base = logits[[row.row for _, row in due]]
-        again = self._runner.logits_of(last[k - 1 :: k])
-        reading = compare("no", 0, base, again, again)
-        if not reading.gap <= reading.tolerance:
-            raise NotArmedError(
-                "running a prompt's last token again does not reproduce the base logits: off by"
-                f" {reading.gap:.2g} standard deviations, at most {reading.tolerance:.2g} is"
-                " rounding; this model cannot be calibrated, nor guarded, in vLLM"
-            )
-        for i, (index, _) in enumerate(due):
-            states = {f"layers.{layer}": found[i] for layer, found in hidden.items()}
-            job.found[index] = {"logits": base[i].clone(), **states}
+        at_once = max(1, self._runner.max_rows // k)
+        for part in (due[i : i + at_once] for i in range(0, len(due), at_once)):
+            rows = [row.row for _, row in part for _ in range(k)]
+            seen = [row.n_prompt - back for _, row in part for back in reversed(range(k))]
+            ids = [work.prompts[index][back] for index, _ in part for back in range(-k, 0)]
+            hidden: dict[int, Tensor] = {}
+            note = partial(_keep, work.layers, hidden)
+            last = self._runner.rerun(rows, seen, 0, self._runner.embed(ids), note)
+            base = logits[[row.row for _, row in part]].clone()
+            _check_again(base, self._runner.logits_of(last[k - 1 :: k]))
+            for i, (index, _) in enumerate(part):
+                own = slice(i * k, (i + 1) * k)
+                states = {f"layers.{layer}": found[own] for layer, found in hidden.items()}
+                job.found[index] = {"logits": base[i], **states}
 
     def _shadow(
         self, job: _Job, work: ShadowRequest, due: Sequence[tuple[int, SamplingRow]]
     ) -> None:
         """Null and steered rows of prompts in one small batch, and their difference."""
-        indices = [index for index, _ in due]
-        place = {index: i for i, index in enumerate(indices)}
-        wanted = _by_prompt(work.rows, indices)
-        twins = [place[work.rows[i]] for i in wanted]
-        entering = torch.cat([job.tensors["null"][indices], job.tensors["steered"][wanted]])
-        by = [*range(len(due)), *twins]
-        rows, seen = [due[i][1].row for i in by], [due[i][1].n_prompt for i in by]
-        last = self._runner.rerun(rows, seen, work.layer, entering)
-        difference = self._runner.difference(torch.cat([last[twins], last[len(due) :]]))
-        if bool(torch.isnan(difference).any()):
-            raise NumericsError(f"the shadow pass from layer {work.layer} gave NaN")
-        for index, i in place.items():
-            mine = [n for n, twin in enumerate(twins) if twin == i]
-            job.found[index] = {"difference": difference[mine].clone()}
+        row_of = dict(due)
+        wanted, at_once = _by_prompt(work.rows, list(row_of)), self._runner.max_rows // 2
+        found: list[Tensor] = []
+        for part in (wanted[i : i + at_once] for i in range(0, len(wanted), at_once)):
+            twins = list(dict.fromkeys(work.rows[i] for i in part))
+            entering = torch.cat([job.tensors["null"][twins], job.tensors["steered"][part]])
+            run = [row_of[index] for index in (*twins, *(work.rows[i] for i in part))]
+            last = self._runner.rerun(
+                [row.row for row in run], [row.n_prompt for row in run], work.layer, entering
+            )
+            null = last[[twins.index(work.rows[i]) for i in part]]
+            found.append(self._runner.difference(torch.cat([null, last[len(twins) :]])))
+        for index in row_of:
+            mine = [n for n, i in enumerate(wanted) if work.rows[i] == index]
+            job.found[index] = {"difference": torch.cat(found)[mine]}
+
+
+def _keep(layers: Sequence[int], kept: dict[int, Tensor], layer: int, entering: Tensor) -> None:
+    if layer in layers:
+        kept[layer] = entering.clone()
+
+
+def _check_again(base: Tensor, again: Tensor) -> None:
+    """Refuse a model whose last token, run again from the embeddings on, gives other logits."""
+    reading = compare("no", 0, base, again, again)
+    if not reading.gap <= reading.tolerance:
+        raise NotArmedError(
+            "running a prompt's last token again does not reproduce the base logits: off by"
+            f" {reading.gap:.2g} standard deviations, at most {reading.tolerance:.2g} is rounding;"
+            " this model cannot be calibrated, nor guarded, in vLLM"
+        )
 
 
 def _by_prompt(rows: Sequence[int], prompts: Sequence[int]) -> list[int]:

@@ -112,6 +112,11 @@ class ModelRunner:
         return int(self._runner.kv_cache_config.num_blocks)
 
     @property
+    def max_rows(self) -> int:
+        """How many rows a pass of ours may have: attention backends keep buffers for so many."""
+        return 2 * min(MAX_STEERED, int(self._runner.max_num_reqs))
+
+    @property
     def n_ranks(self) -> int:
         """How many tensor-parallel ranks take this step together."""
         return int(self._runner.parallel_config.tensor_parallel_size)
