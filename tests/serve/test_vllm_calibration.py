@@ -1,9 +1,15 @@
-"""Real vLLM under calibration: it gives what transformers gives, and nobody else notices."""
+"""Real vLLM under calibration: it gives what transformers gives, and nobody else notices.
+
+The tiny refuser in float32, with heads wide enough for vLLM's CPU attention: so what is the same is
+the same up to float32 rounding.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -12,6 +18,7 @@ import torch
 
 from calibration.config import CalibrationConfig
 from calibration.endpoint_subject import EndpointSubject
+from calibration.pipeline import calibrate
 from calibration.transformers_subject import TransformersSubject, load_subject
 from cli.vllm_calibrate import PrivateServer, private_server
 from guard.artifact import CarrierArtifact, load_artifact
@@ -20,86 +27,137 @@ from guard.errors import EndpointError, InputError
 from guard.gate import GateReading
 from guard.policy import Policy
 from guard.session import GuardSession
-from tests.serve.test_vllm_server import ENGINE, NAMED, metric, running, wait_for
-from tests.serve.vllm_driver import texts
+from tests.serve.test_vllm_server import NAMED, metric, running, wait_for
 from tests.serve.vllm_setup import vllm_env
+from tests.tiny_refuser import (
+    build_tiny_refuser,
+    hard_benign_prompts,
+    hard_harmful_prompts,
+    harmful_prompts,
+    harmless_prompts,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 KEY = "of-the-operator"
-N_EACH = 3
+OPTIONS = ["--enforce-eager", "--dtype", "float32", "--max-num-seqs", "8", "--max-model-len", "256"]
 
 
 @pytest.fixture(scope="module")
-def subject(vllm_model_dir: Path) -> TransformersSubject:
-    return load_subject(CalibrationConfig(model=str(vllm_model_dir)))
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two-heads")
+    build_tiny_refuser(folder, n_heads=2)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def bare(vllm_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateServer]:
+def subject(model_dir: Path) -> TransformersSubject:
+    torch.set_num_threads(1)
+    return load_subject(CalibrationConfig(model=str(model_dir)))
+
+
+@pytest.fixture(scope="module")
+def bare(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateServer]:
     """A server without a guard, as `trimtab calibrate --engine vllm` starts it."""
     env = {**vllm_env(tmp_path_factory.mktemp("bare")), "TRIMTAB_GUARD": "not this one"}
     del env["VLLM_ENABLE_V1_MULTIPROCESSING"]
-    with private_server(str(vllm_model_dir), [*ENGINE, *NAMED], env) as server:
+    with private_server(str(model_dir), [*OPTIONS, *NAMED], env) as server:
         yield server
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Two guards of one model: made in this process, and over the server."""
+
+    here: CarrierArtifact
+    there: CarrierArtifact
+    file: Path
+
+
+@pytest.fixture(scope="module")
+def calibrated(
+    model_dir: Path, bare: PrivateServer, tmp_path_factory: pytest.TempPathFactory
+) -> Calibrated:
+    folder = tmp_path_factory.mktemp("guards")
+
+    def write(name: str, texts: list[str]) -> tuple[Path]:
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return (path,)
+
+    common = {
+        "harmful": write("harmful", harmful_prompts() + hard_harmful_prompts()),
+        "benign": write("benign", harmless_prompts()),
+        "hard_benign": write("hard_benign", hard_benign_prompts()),
+        "n_controls": 20,
+        "test_prompts": 12,
+    }
+    here = {"model": str(model_dir), "out": folder / "here"}
+    there = {
+        "endpoint": bare.url,
+        "admin_key": bare.key,
+        "model_name": str(model_dir),
+        "out": folder / "there",
+    }
+    for settings in (here, there):
+        calibrate(CalibrationConfig.model_validate({**common, **settings}))
+    made = [load_artifact(folder / name) for name in ("here", "there")]
+    return Calibrated(made[0], made[1], folder / "there")
 
 
 @pytest.fixture(scope="module")
 def guarded(
-    vllm_model_dir: Path, vllm_guard: Path, tmp_path_factory: pytest.TempPathFactory
+    model_dir: Path, calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
-    """A guarded server that can be calibrated; its URL."""
-    command = ["vllm.entrypoints.cli.main", "serve", str(vllm_model_dir)]
-    env = {"TRIMTAB_GUARD": str(vllm_guard), "TRIMTAB_ADMIN_KEY": KEY}
-    with running(tmp_path_factory.mktemp("guarded"), command, ENGINE, **env) as url:
+    """A server behind the guard made over HTTP, which can be calibrated again; its URL."""
+    command = ["vllm.entrypoints.cli.main", "serve", str(model_dir)]
+    env = {"TRIMTAB_GUARD": str(calibrated.file), "TRIMTAB_ADMIN_KEY": KEY}
+    with running(tmp_path_factory.mktemp("guarded"), command, OPTIONS, **env) as url:
         yield url
 
 
-def ask(url: str, text: str, n: int = 24) -> str:
+def prompts() -> list[str]:
+    """Some that pass, some that are raised, some that are lowered."""
+    kinds = (harmless_prompts(), hard_harmful_prompts(), hard_benign_prompts())
+    return [text for kind in kinds for text in kind[:4]]
+
+
+def ask(url: str, text: str) -> str:
     """A client's request; the response."""
     body = {"model": "qwen", "messages": [{"role": "user", "content": text}], "temperature": 0}
-    reply = httpx.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": n}, timeout=120)
+    reply = httpx.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 10}, timeout=120)
     assert reply.status_code == 200, reply.text
     return str(reply.json()["choices"][0]["message"]["content"])
 
 
 def assert_same_model(url: str, key: str, subject: TransformersSubject) -> None:
-    """Hidden states, logits, shadow passes and openings of responses, up to bfloat16 rounding."""
-    prompts = texts(N_EACH)
-    remote = EndpointSubject(url, key, subject.identity.model_id, prompts)
+    """Hidden states, logits, shadow passes and responses."""
+    texts = prompts()
+    remote = EndpointSubject(url, key, subject.identity.model_id, texts)
     assert remote.identity == subject.identity
     assert remote.suffix_ids == subject.suffix_ids
-    encoded = [subject.encode(text) for text in prompts]
-    assert [remote.encode(text) for text in prompts] == encoded
+    encoded = [subject.encode(text) for text in texts]
+    assert [remote.encode(text) for text in texts] == encoded
 
     layers, kept = range(subject.identity.n_layers), len(subject.suffix_ids) + 1
     own, far = subject.prefill(encoded, layers), remote.prefill(encoded, layers)
+    torch.testing.assert_close(far.logits, own.logits, atol=1e-3, rtol=1e-4)
     for layer in layers:
-        wanted = own.resid_pre[layer][:, -kept:].float()
-        gap = (far.resid_pre[layer].float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-        assert float(gap.max()) < 0.05, layer
-        assert float(gap.mean()) < 0.02, layer
-    unit = float(own.logits.float().std())
-    assert float((far.logits.float() - own.logits.float()).abs().max()) < 0.2 * unit
+        wanted = own.resid_pre[layer][:, -kept:]
+        torch.testing.assert_close(far.resid_pre[layer], wanted, atol=1e-3, rtol=1e-4)
 
-    rows = [*range(len(prompts)), 0, 0]
-    direction = torch.randn(subject.identity.d_model, generator=torch.manual_seed(0))
-    for layer in (6, 14):
-        size = float(own.last_hidden(layer).float().norm(dim=-1).mean())
-        push = direction / direction.norm() * 0.5 * size
-        moved = []
-        for model, step in ((subject, own), (remote, far)):
-            steered = step.last_hidden(layer)[rows].float() + push
-            logits = model.shadow(step, rows, layer, steered)  # type: ignore[attr-defined]
-            moved.append(logits - step.logits[rows].float())
-        assert float(moved[0].std()) > 0.1 * unit, "the direction does nothing: no comparison"
-        alike = torch.nn.functional.cosine_similarity(moved[0], moved[1], dim=-1)
-        assert float(alike.min()) > 0.98, layer
-        assert float((moved[0] - moved[1]).abs().max()) < 0.3 * float(moved[0].abs().max())
+    rows = [*range(len(texts)), 0, 0, 3, *reversed(range(len(texts)))]
+    for layer in layers:
+        noise = torch.randn(len(rows), subject.identity.d_model, generator=torch.manual_seed(layer))
+        steered = own.last_hidden(layer)[rows] + noise
+        mine = subject.shadow(own, rows, layer, steered)
+        assert float((mine - own.logits[rows]).abs().amax(dim=-1).min()) > 0.05
+        other = remote.shadow(far, rows, layer, steered)
+        torch.testing.assert_close(other, mine, atol=2e-3, rtol=1e-3)
 
-    mine, other = subject.respond(encoded, 6), remote.respond(encoded, 6)
-    assert sum(a == b for a, b in zip(mine, other, strict=True)) >= len(prompts) - 2
-    assert all(remote.decode(ids) == subject.decode(ids) for ids in other)
+    responses = remote.respond(encoded, 10)
+    assert responses == subject.respond(encoded, 10)
+    assert [remote.decode(ids) for ids in responses] == [subject.decode(ids) for ids in responses]
 
 
 def test_a_server_without_a_guard_gives_what_transformers_gives(
@@ -108,35 +166,51 @@ def test_a_server_without_a_guard_gives_what_transformers_gives(
     assert_same_model(bare.url, bare.key, subject)
 
 
+def test_steered_responses_are_made_over_it(
+    bare: PrivateServer, subject: TransformersSubject, calibrated: Calibrated
+) -> None:
+    remote = EndpointSubject(bare.url, bare.key)
+    encoded = [subject.encode(text) for text in hard_harmful_prompts()[:6]]
+    plain = subject.respond(encoded, 10)
+    made, spent = [], []
+    for model in (subject, remote):
+        sessions = [GuardSession(calibrated.here, Policy()) for _ in encoded]
+        for session in sessions:
+            session.open(GateReading(calibrated.here.thresholds.raise_above + 1, 0.0))
+        made.append(model.respond(encoded, 10, sessions))
+        spent.append(torch.tensor([session.record().kl_nats for session in sessions]))
+    assert made[1] == made[0]
+    assert all(steered != base for steered, base in zip(made[1], plain, strict=True))
+    torch.testing.assert_close(spent[1], spent[0], atol=1e-3, rtol=1e-3)
+    assert float(spent[1].max()) <= Policy().raise_budget_nats
+
+
+def test_a_whole_calibration_over_it_finds_the_same_guard(calibrated: Calibrated) -> None:
+    mine, other = calibrated.here, calibrated.there
+    assert other.manifest.model == mine.manifest.model
+    assert other.manifest.datasets == mine.manifest.datasets
+    chosen = [(mine.manifest.raise_carrier, other.manifest.raise_carrier)]
+    assert mine.manifest.lower_carrier is not None
+    assert other.manifest.lower_carrier is not None
+    chosen.append((mine.manifest.lower_carrier, other.manifest.lower_carrier))
+    for a, b in chosen:
+        assert (b.layer, b.position, b.family) == (a.layer, a.position, a.family)
+        assert b.norm_share == pytest.approx(a.norm_share, rel=1e-3)
+    gate, same = mine.manifest.gate, other.manifest.gate
+    assert (same.layer, same.instruction_suffix_ids) == (gate.layer, gate.instruction_suffix_ids)
+    assert same.raise_above == pytest.approx(gate.raise_above, abs=1e-3)
+    torch.testing.assert_close(other.raise_carrier.basis, mine.raise_carrier.basis)
+    torch.testing.assert_close(other.probe_weight, mine.probe_weight, atol=1e-4, rtol=1e-3)
+    assert torch.equal(other.refusal_token_ids, mine.refusal_token_ids)
+    assert same.measurements.keys() == gate.measurements.keys()
+    for name, value in same.measurements.items():
+        assert value.value == pytest.approx(gate.measurements[name].value, abs=1e-2), name
+
+
 def test_it_says_that_it_is_not_guarded_and_serves(bare: PrivateServer) -> None:
-    assert ask(bare.url, "Hello")
+    assert ask(bare.url, harmless_prompts()[0])
     assert metric(bare.url, "trimtab_guard_armed") == 0
     assert metric(bare.url, "trimtab_requests_total") == 0
-
-
-def test_steered_responses_are_made_over_it(
-    bare: PrivateServer, subject: TransformersSubject, vllm_guard: Path
-) -> None:
-    guard = load_artifact(vllm_guard)
-    prompts = [subject.encode(text) for text in texts(2)]
-    remote = EndpointSubject(bare.url, bare.key)
-    responses, spent = [], []
-    for model in (subject, remote):
-        sessions = [_raised(guard) for _ in prompts]
-        responses.append(model.respond(prompts, 8, sessions))
-        spent.append([session.record().kl_nats for session in sessions])
-    assert all(nats <= 4.0 for nats in spent[1])
-    assert max(spent[1]) > 0.1
-    alike = [a == b for a, b in zip(*responses, strict=True)]
-    assert sum(alike) >= len(prompts) // 2
-    for same, a, b in zip(alike, *spent, strict=True):
-        assert not same or b == pytest.approx(a, rel=0.3, abs=0.1)
-
-
-def _raised(guard: CarrierArtifact) -> GuardSession:
-    session = GuardSession(guard, Policy(shadow_tokens=4))
-    session.open(GateReading(guard.thresholds.raise_above + 1, 0.0))
-    return session
 
 
 def test_a_wrong_key_opens_nothing(bare: PrivateServer) -> None:
@@ -149,28 +223,27 @@ def test_a_guarded_server_gives_the_base_model_and_goes_on_guarding(
     guarded: str, subject: TransformersSubject
 ) -> None:
     """What is steered for clients is read unsteered, and clients get what they get without it."""
-    prompts = texts(N_EACH)
-    before = [ask(guarded, text) for text in prompts]
-    wait_for(guarded, len(prompts))
-    assert metric(guarded, "trimtab_shadow_passes_total") > 0
-    booked = metric(guarded, "trimtab_requests_total")
+    texts = prompts()
+    base = [subject.decode(ids) for ids in subject.respond([subject.encode(t) for t in texts], 10)]
+    before = [ask(guarded, text) for text in texts]
+    assert sum(a.strip() != b.strip() for a, b in zip(before, base, strict=True)) >= 4
+    wait_for(guarded, len(texts))
     with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(ask, guarded, text) for text in prompts * 3]
+        asked = [pool.submit(ask, guarded, text) for text in texts * 4]
         assert_same_model(guarded, KEY, subject)
         during = [future.result() for future in asked]
-    # Batches differ, and with them the rounding: most responses are the same to the letter.
-    assert sum(a == b for a, b in zip(before * 3, during, strict=True)) >= 2 * len(prompts)
-    wait_for(guarded, int(booked) + len(during))
-    assert metric(guarded, "trimtab_requests_total") == booked + len(during)
+    assert during == before * 4
+    wait_for(guarded, 5 * len(texts))
+    assert metric(guarded, "trimtab_requests_total") == 5 * len(texts)
+    assert metric(guarded, "trimtab_requests_total", zone="raise") > 0
     assert metric(guarded, "trimtab_errors_total") == 0
     assert metric(guarded, "trimtab_guard_armed") == 1
-    assert [ask(guarded, text) for text in prompts] == before
 
 
-def test_a_private_server_that_cannot_start_says_why(vllm_model_dir: Path, tmp_path: Path) -> None:
-    options = [*ENGINE, "--enable-lora"]
+def test_a_private_server_that_cannot_start_says_why(model_dir: Path, tmp_path: Path) -> None:
+    options = [*OPTIONS, "--enable-lora"]
     with (
         pytest.raises(EndpointError, match="drop --enable-lora"),
-        private_server(str(vllm_model_dir), options, vllm_env(tmp_path)),
+        private_server(str(model_dir), options, vllm_env(tmp_path)),
     ):
         pytest.fail("it started")
