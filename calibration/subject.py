@@ -36,7 +36,10 @@ class Subject(Protocol):
         """Text of a response."""
 
     def prefill(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> BaseStep:
-        """Run prompts once, left-padded; `capture` names the layers whose resid_pre is kept."""
+        """Run prompts once, left-padded; `capture` names the layers whose resid_pre is kept.
+
+        It is kept at least of the tokens from the last of the instruction on: count from the end.
+        """
 
     def shadow(self, step: BaseStep, rows: Sequence[int], layer: int, steered: Tensor) -> Tensor:
         """Steered logits of some rows of a step, (len(rows), vocab) float32."""

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -387,6 +388,15 @@ def test_options_that_do_not_go_together_are_bad_input(
     monkeypatch.delenv("TRIMTAB_ADMIN_KEY", raising=False)
     assert main(["calibrate", "--out", str(tmp_path / "guard"), *arguments]) == 2
     assert why in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_a_calibration_inside_vllm_needs_vllm(
+    tiny_refuser_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["calibrate", str(tiny_refuser_dir), "--out", str(tmp_path / "guard")]
+    assert main([*command, "--engine", "vllm", "--", "--max-num-seqs", "4"]) == 2
+    assert "pip install trimtab[vllm]" in capsys.readouterr().err
 
 
 # --- names of requests ----------------------------------------------------------------------------
