@@ -35,7 +35,6 @@ from guard.errors import GuardError, InputError, RequestError
 
 __all__ = ["Backend", "calibration_router"]
 
-_TENSORS = "application/octet-stream"
 _M = TypeVar("_M", bound=BaseModel)
 
 
@@ -151,7 +150,7 @@ def calibration_router(key: str, backend_of: Callable[[Request], Backend]) -> AP
             wanted = CaptureRequest.model_validate_json(body)
             _check_room(backend.facts, wanted.prompts, 1)
             _check_layers(backend.facts, wanted.layers)
-            return Response(pack(await backend.capture(wanted)), media_type=_TENSORS)
+            return await _tensors(await backend.capture(wanted))
 
         return await answer(request, work)
 
@@ -169,7 +168,7 @@ def calibration_router(key: str, backend_of: Callable[[Request], Backend]) -> AP
             if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
                 raise RequestError(f"expected tensors of the shapes {shapes}")
             difference = await backend.shadow(wanted, tensors["null"], tensors["steered"])
-            return Response(pack({"difference": difference}), media_type=_TENSORS)
+            return await _tensors({"difference": difference})
 
         return await answer(request, work)
 
@@ -192,6 +191,12 @@ def _check_layers(facts: ModelFacts, layers: list[int]) -> None:
 
 def _json(message: BaseModel) -> Response:
     return Response(message.model_dump_json(), media_type="application/json")
+
+
+async def _tensors(tensors: dict[str, Tensor]) -> Response:
+    # Tens of megabytes: others are streamed to from this thread.
+    body = await asyncio.to_thread(pack, tensors)
+    return Response(body, media_type="application/octet-stream")
 
 
 def _fault(status: int, message: str) -> Response:

@@ -105,7 +105,7 @@ class VllmBackend:
         if faults:
             raise EndpointError(f"a worker could not {kind}: {faults[0]}")
         found = replies[0][1]
-        return responses, load_tensors(found) if found else {}
+        return responses, await asyncio.to_thread(load_tensors, found) if found else {}
 
     async def _answers(
         self, job: str, prompts: Sequence[list[int]], max_tokens: Sequence[int]
