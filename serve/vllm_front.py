@@ -34,10 +34,17 @@ _DRAIN_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class _Ended:
-    """A response that ended: its text, None if it was aborted, and how long it took."""
+    """A response that ended.
+
+    Attributes:
+        text: None if it was aborted, or is wanted as tokens only.
+        seconds: how long it took.
+        aborted: it did not come to its end.
+    """
 
     text: str | None
     seconds: float | None
+    aborted: bool
 
 
 def read_record(fields: dict[str, Any]) -> Record:
@@ -112,11 +119,12 @@ class Front:
             self.metrics.count_error(ErrorKind.NOT_ARMED)
             raise
 
-    def end(self, request_id: str, text: str | None, seconds: float | None) -> None:
-        """A response ended; None as text: it was aborted."""
-        if self.spared(request_id):
-            return
-        self._ended[request_id] = _Ended(text, seconds)
+    def end(
+        self, request_id: str, text: str | None, seconds: float | None, *, aborted: bool = False
+    ) -> None:
+        """A response ended; without a text it gets no verdict."""
+        if not self.spared(request_id):
+            self._ended[request_id] = _Ended(text, seconds, aborted)
 
     def close(self) -> None:
         """Stop draining."""
@@ -144,7 +152,7 @@ class Front:
     def _book(self, found: dict[str, Any] | None, response: _Ended) -> None:
         if response.seconds is not None:
             self.metrics.observe_request(response.seconds)
-        if response.text is None:
+        if response.aborted:
             self.metrics.count_error(ErrorKind.CLIENT_DISCONNECT)
         if found is None:  # aborted before it had its first token: there was nothing to guard
             self.metrics.observe(None)
@@ -219,7 +227,9 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
     def finish(original: Callable[..., Any], self: Any, state: Any) -> Any:
         front = self.__dict__.get("trimtab")
         if front is not None and state.detokenizer is not None:
-            front.end(state.request_id, state.detokenizer.output_text, _seconds(state))
+            # A detokenizer that was told not to detokenize has no text.
+            text = getattr(state.detokenizer, "output_text", None)
+            front.end(state.request_id, text, _seconds(state))
         return original(self, state)
 
     def abort(
@@ -229,7 +239,7 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
         front = self.__dict__.get("trimtab")
         if front is not None:
             for request_id in aborted:
-                front.end(request_id, None, None)
+                front.end(request_id, None, None, aborted=True)
         return aborted
 
     wrap(AsyncLLM, "__init__", init_async)

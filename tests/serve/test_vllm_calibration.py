@@ -7,6 +7,7 @@ the same up to float32 rounding.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -112,7 +113,8 @@ def guarded(
     """A server behind the guard made over HTTP, which can be calibrated again; its URL."""
     command = ["vllm.entrypoints.cli.main", "serve", str(model_dir)]
     env = {"TRIMTAB_GUARD": str(calibrated.file), "TRIMTAB_ADMIN_KEY": KEY}
-    with running(tmp_path_factory.mktemp("guarded"), command, OPTIONS, **env) as url:
+    options = [*OPTIONS, "--enable-scale-out"]
+    with running(tmp_path_factory.mktemp("guarded"), command, options, **env) as url:
         yield url
 
 
@@ -236,6 +238,30 @@ def test_a_guarded_server_gives_the_base_model_and_goes_on_guarding(
     wait_for(guarded, 5 * len(texts))
     assert metric(guarded, "trimtab_requests_total") == 5 * len(texts)
     assert metric(guarded, "trimtab_requests_total", zone="raise") > 0
+    assert metric(guarded, "trimtab_errors_total") == 0
+    assert metric(guarded, "trimtab_guard_armed") == 1
+
+
+def test_a_client_that_takes_tokens_in_place_of_text_is_guarded_and_counted(
+    guarded: str, subject: TransformersSubject
+) -> None:
+    text = hard_harmful_prompts()[0]
+    shown = ask(guarded, text)
+    wait_for(guarded, 1)
+    before = metric(guarded, "trimtab_requests_total", zone="raise")
+    body = {
+        "model": "qwen",
+        "token_ids": subject.encode(text),
+        "sampling_params": {"max_tokens": 10, "temperature": 0.0},
+    }
+    reply = httpx.post(f"{guarded}/inference/v1/generate", json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    assert subject.decode(reply.json()["choices"][0]["token_ids"]).split() == shown.split()
+    for _ in range(80):
+        if metric(guarded, "trimtab_requests_total", zone="raise") > before:
+            break
+        time.sleep(0.25)
+    assert metric(guarded, "trimtab_requests_total", zone="raise") > before
     assert metric(guarded, "trimtab_errors_total") == 0
     assert metric(guarded, "trimtab_guard_armed") == 1
 
