@@ -21,10 +21,11 @@ from calibration.config import CalibrationConfig
 from calibration.endpoint_subject import EndpointSubject
 from calibration.pipeline import calibrate
 from calibration.transformers_subject import TransformersSubject, load_subject
+from cli.main import main
 from cli.vllm_calibrate import PrivateServer, private_server
 from guard.artifact import CarrierArtifact, load_artifact
 from guard.endpoint import PATH
-from guard.errors import EndpointError, InputError
+from guard.errors import InputError
 from guard.gate import GateReading
 from guard.policy import Policy
 from guard.session import GuardSession
@@ -266,10 +267,18 @@ def test_a_client_that_takes_tokens_in_place_of_text_is_guarded_and_counted(
     assert metric(guarded, "trimtab_guard_armed") == 1
 
 
-def test_a_private_server_that_cannot_start_says_why(model_dir: Path, tmp_path: Path) -> None:
-    options = [*OPTIONS, "--enable-lora"]
-    with (
-        pytest.raises(EndpointError, match="drop --enable-lora"),
-        private_server(str(model_dir), options, vllm_env(tmp_path)),
-    ):
-        pytest.fail("it started")
+def test_a_vllm_that_cannot_be_calibrated_says_why_and_writes_nothing(
+    model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in vllm_env(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "guard"
+    command = ["calibrate", str(model_dir), "--out", str(out), "--engine", "vllm", "--dtype"]
+    assert main([*command, "float32", "--", "--max-model-len", "256", "--enable-lora"]) == 1
+    said = capsys.readouterr().err
+    assert "vLLM ended with exit code 1" in said
+    assert "drop --enable-lora" in said.splitlines()[-1]
+    assert not out.exists()
