@@ -26,10 +26,7 @@ from guard.artifact import write_atomically
 from guard.errors import InputError
 from guard.gate import message_positions
 
-__all__ = ["MESSAGE_WIDTH", "WorkFolder", "capture_hidden", "fingerprint", "listen"]
-
-MESSAGE_WIDTH = 64
-"""Tokens of a message, the last, over which the gate averages."""
+__all__ = ["WorkFolder", "capture_hidden", "fingerprint", "listen"]
 
 _PREFIX = "trimtab-"
 
@@ -113,7 +110,8 @@ def capture_hidden(
 
     Returns:
         (n, n_layers, 2 + n_suffix, d_model) in the model's type: the mean over the last
-        `MESSAGE_WIDTH` tokens of the message, its last token, and the post-instruction tokens.
+        `subject.message_width` tokens of the message (at least one), its last token, and the
+        post-instruction tokens.
     """
     encoded = [subject.encode(p.text) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
@@ -164,7 +162,7 @@ def _capture_batch(
     last = []
     for row, ids in enumerate(prompts):
         places = message_positions(
-            ids, subject.suffix_ids, subject.message_opening_ids, MESSAGE_WIDTH
+            ids, subject.suffix_ids, subject.message_opening_ids, max(1, subject.message_width)
         )
         pool[row, [place - len(ids) for place in places]] = 1.0 / len(places)
         last.append(places[-1] - len(ids))

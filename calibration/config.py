@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 __all__ = ["CalibrationConfig"]
 
@@ -15,7 +15,13 @@ class CalibrationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str = Field(description="Local folder or hub id of the deployed chat model.")
+    model: str = Field(default="", description="Local folder or hub id of the deployed chat model.")
+    endpoint: str | None = Field(
+        default=None, description="URL of a vLLM server that runs the model, in place of `model`."
+    )
+    admin_key: SecretStr = Field(
+        default=SecretStr(""), description="The TRIMTAB_ADMIN_KEY of that server."
+    )
     model_name: str | None = Field(
         default=None, description="What the guard calls the model; default: as `model` has it."
     )
@@ -64,6 +70,13 @@ class CalibrationConfig(BaseModel):
     lower_budget_nats: float = Field(
         default=1.0, gt=0.0, description="Budget at which a lower carrier is confirmed."
     )
+    message_width: int = Field(
+        default=64,
+        ge=0,
+        le=512,
+        description="Last tokens of a message over which the gate averages; 0: it reads the"
+        " template's tokens behind it alone, as over an endpoint.",
+    )
     refine_steps: int = Field(
         default=40,
         ge=0,
@@ -107,6 +120,12 @@ class CalibrationConfig(BaseModel):
         description="Folder for captured activations, from which an interrupted run resumes;"
         " default: beside the guard file, removed on success.",
     )
+
+    @model_validator(mode="after")
+    def _names_a_model(self) -> Self:
+        if bool(self.model) == (self.endpoint is not None):
+            raise ValueError("give a model or an endpoint, not both")
+        return self
 
     @property
     def work_folder(self) -> Path:

@@ -82,20 +82,21 @@ class Probe:
     """A logistic probe on the message and on the template's tokens behind it.
 
     Attributes:
-        message: the part that reads the mean over the message.
+        message: the part that reads the mean over the message; None: it is not read.
         template: the part that reads what the template puts behind it.
         bias: added to the scores of both.
         validation_auroc: harmful against hard benign, on the validation split.
     """
 
-    message: Read
+    message: Read | None
     template: Read
     bias: float
     validation_auroc: float
 
     def scores(self, data: Labelled) -> Tensor:
         """(n,) logits, higher is more harmful."""
-        return self.message.scores(data) + self.template.scores(data) + self.bias
+        scores = self.template.scores(data) + self.bias
+        return scores if self.message is None else scores + self.message.scores(data)
 
 
 def fit_probe(
@@ -104,6 +105,7 @@ def fit_probe(
     layers: Sequence[int],
     window: tuple[int, ...],
     seed: int,
+    read_message: bool = True,
 ) -> Probe:
     """Fit probes and keep what tells harmful from hard benign prompts best.
 
@@ -118,27 +120,23 @@ def fit_probe(
         layers: candidates.
         window: the template's positions, as in `Labelled`.
         seed: of the solver.
+        read_message: False: the template's tokens alone.
 
     Raises:
         InputError: no layers.
     """
     if not layers:
         raise InputError("the probe needs at least one layer")
-    message = max(
-        (fit for layer in layers for fit in _fits(train, validation, [(layer, _MESSAGE)], seed)),
-        key=lambda fit: fit.validation_auroc,
-    )
-    layer = message.reads[0].layer
-    both = max(
-        (
-            fit
-            for other in layers
-            for fit in _fits(train, validation, [(layer, _MESSAGE), (other, window)], seed)
-        ),
-        key=lambda fit: fit.validation_auroc,
-    )
-    message_read, template_read = both.reads
-    return Probe(message_read, template_read, both.bias, both.validation_auroc)
+
+    def best(window: tuple[int, ...], before: Sequence[tuple[int, tuple[int, ...]]]) -> _Fit:
+        places = ([*before, (layer, window)] for layer in layers)
+        fits = (fit for place in places for fit in _fits(train, validation, place, seed))
+        return max(fits, key=lambda fit: fit.validation_auroc)
+
+    first = [(best(_MESSAGE, []).reads[0].layer, _MESSAGE)] if read_message else []
+    found = best(window, first)
+    message = found.reads[0] if read_message else None
+    return Probe(message, found.reads[-1], found.bias, found.validation_auroc)
 
 
 @dataclass(frozen=True)

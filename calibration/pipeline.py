@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration.capture import MESSAGE_WIDTH, WorkFolder, capture_hidden, fingerprint, listen
+from calibration.capture import WorkFolder, capture_hidden, fingerprint, listen
 from calibration.causal import (
     Admission,
     Bench,
@@ -173,18 +173,17 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
 
     Raises:
         PromptSetError: a prompt file cannot be used.
-        InputError: no such model, or a folder that cannot be written.
+        InputError: no such model or endpoint, or a folder that cannot be written.
+        EndpointError: the endpoint broke off; what was captured is kept.
         UnsupportedModelError: the model cannot be guarded exactly.
         NoAdmissibleCarrierError: nothing meets the KL constraint and beats the controls; no guard
             is written.
     """
-    # The import is here so that prompts are checked before gigabytes are loaded.
     prompts = gather_prompts(config)
-    from calibration.transformers_subject import load_subject
 
     progress = progress or Silent()
     progress.stage("load model", None)
-    subject = load_subject(config)
+    subject = _open_subject(config, prompts)
     work = WorkFolder(
         config.work_folder,
         fingerprint(
@@ -193,8 +192,9 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
             config.seed,
             config.batch_size,
             config.listen_tokens,
-            config.device,
+            config.device if config.endpoint is None else "endpoint",
             config.answer_opening,
+            config.message_width,
         ),
     )
     try:
@@ -211,6 +211,19 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
         write_report(result, config.report_dir)
     work.remove()
     return result
+
+
+def _open_subject(config: CalibrationConfig, prompts: Sequence[Prompt]) -> Subject:
+    # The imports are here so that prompts are checked before gigabytes are loaded.
+    if config.endpoint is None:
+        from calibration.transformers_subject import load_subject
+
+        return load_subject(config)
+    from calibration.endpoint_subject import EndpointSubject
+
+    key = config.admin_key.get_secret_value()
+    texts = [prompt.text for prompt in prompts]
+    return EndpointSubject(config.endpoint, key, config.model_name, texts)
 
 
 def gather_prompts(config: CalibrationConfig) -> list[Prompt]:
@@ -277,7 +290,19 @@ def calibrate_subject(
     progress.stage("fit gate", None)
     middle = range(max(1, n_layers // 4), max(2, (3 * n_layers) // 4 + 1), max(1, n_layers // 12))
     window = template_window(n_suffix - subject.n_opening)
-    probe = fit_probe(captured["train"], captured["validation"], middle, window, config.seed)
+    probe = fit_probe(
+        captured["train"],
+        captured["validation"],
+        middle,
+        window,
+        config.seed,
+        subject.message_width > 0,
+    )
+    if probe.message is None:
+        notes.append(
+            "the gate reads the template's tokens alone: the states of whole messages were not to"
+            " be had, or not asked for"
+        )
     thresholds = fit_thresholds(probe, captured["calibration"], config.alpha, config.delta)
     if thresholds.note:
         notes.append(thresholds.note)
@@ -645,7 +670,7 @@ class _Draft:
         lower_below = fit.lower_below
         if certify and lower_below is None:
             lower_below = fit.raise_above
-        suffix_ids = self.subject.suffix_ids
+        message, suffix_ids = self.probe.message, self.subject.suffix_ids
         suffix_ids = suffix_ids[: len(suffix_ids) - self.subject.n_opening]
         gate = GateSpec(
             layer=self.probe.template.layer,
@@ -654,11 +679,13 @@ class _Draft:
             instruction_suffix_ids=suffix_ids[self.probe.template.window[-1] - 1 :],
             n_pooled=len(self.probe.template.window),
             message=MessageRead(
-                layer=self.probe.message.layer,
+                layer=message.layer,
                 suffix_ids=suffix_ids,
                 opening_ids=self.subject.message_opening_ids,
-                width=MESSAGE_WIDTH,
-            ),
+                width=self.subject.message_width,
+            )
+            if message
+            else None,
             raise_above=fit.raise_above,
             lower_below=lower_below,
             raise_if_refusal_below=_RAISE_IF_REFUSAL_BELOW,
@@ -691,7 +718,7 @@ class _Draft:
             self.probe.template.weight,
             self.tokens.ids,
             self.tokens.weights,
-            message_weight=self.probe.message.weight,
+            message_weight=message.weight if message else None,
         )
 
 

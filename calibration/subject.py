@@ -26,6 +26,10 @@ class Subject(Protocol):
         """Template tokens between the instruction and the response (post-instruction tokens)."""
 
     @property
+    def message_width(self) -> int:
+        """How many tokens of a message, the last, `prefill` shows; 0: the gate cannot read them."""
+
+    @property
     def message_opening_ids(self) -> list[int]:
         """Template tokens that stand right before every user message, whatever precedes them."""
 
@@ -44,7 +48,10 @@ class Subject(Protocol):
         """Text of a response."""
 
     def prefill(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> BaseStep:
-        """Run prompts once, left-padded; `capture` names the layers whose resid_pre is kept."""
+        """Run prompts once, left-padded; `capture` names the layers whose resid_pre is kept.
+
+        It is kept at least of the tokens from the last of the instruction on: count from the end.
+        """
 
     def shadow(self, step: BaseStep, rows: Sequence[int], layer: int, steered: Tensor) -> Tensor:
         """Steered logits of some rows of a step, (len(rows), vocab) float32."""

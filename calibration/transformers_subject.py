@@ -6,20 +6,27 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from calibration.config import CalibrationConfig
 from guard.artifact import ModelIdentity
-from guard.errors import InputError, PromptSetError, UnsupportedModelError
+from guard.errors import InputError, PromptSetError
 from guard.identity import model_identity
 from guard.session import GuardSession
 from guard.shadow import BaseStep, ShadowModel
 from guard.step import guarded_logits, layers_wanted
+from guard.template import (
+    chat_ids,
+    check_template,
+    common_start,
+    distinct_instructions,
+    instruction_suffix,
+    message_opening,
+)
 
-__all__ = ["TransformersSubject", "instruction_suffix", "load_subject", "message_opening"]
+__all__ = ["TransformersSubject", "load_subject"]
 
 
 def load_subject(config: CalibrationConfig) -> TransformersSubject:
@@ -44,7 +51,13 @@ def load_subject(config: CalibrationConfig) -> TransformersSubject:
         ) from err
     name = config.model_name or config.model
     return TransformersSubject(
-        model, tokenizer, name, config.revision, config.layers_path, config.answer_opening
+        model,
+        tokenizer,
+        name,
+        config.revision,
+        config.layers_path,
+        config.answer_opening,
+        config.message_width,
     )
 
 
@@ -58,6 +71,7 @@ class TransformersSubject:
         revision: of the hub, if any.
         layers_path: dotted name of the decoder layers, where they are not found.
         answer_opening: put behind every prompt; see `CalibrationConfig`.
+        message_width: tokens of a message over which the gate averages; 0: it does not read them.
 
     Raises:
         UnsupportedModelError: no chat template.
@@ -71,25 +85,22 @@ class TransformersSubject:
         revision: str | None = None,
         layers_path: str | None = None,
         answer_opening: str = "",
+        message_width: int = 64,
     ) -> None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise UnsupportedModelError(
-                f"{model_id}: the tokenizer has no chat template, so there is no place at which a"
-                " response begins; calibrate the chat (instruct) variant, or set"
-                " tokenizer.chat_template and save it with the model"
-            )
+        check_template(tokenizer, model_id)
         self._tokenizer = tokenizer
         opening = tokenizer(answer_opening, add_special_tokens=False)["input_ids"]
         self._opening_ids: list[int] = list(opening)
+        self._message_width = message_width
         self._runner = ShadowModel(model, layers_path)
         self._config = model.config.get_text_config()
         self._identity = model_identity(model, tokenizer, model_id, revision)
-        self._samples = _distinct_instructions(tokenizer)
+        self._samples = distinct_instructions(tokenizer)
         self._suffix_ids = instruction_suffix(self._template, self._samples) + self._opening_ids
         eos = model.generation_config.eos_token_id
         self._eos = set(eos) if isinstance(eos, list) else {eos}
         self._prefix, self._prefix_cache = self._shared_prefix()
-        self._message_opening_ids = message_opening(self._conversation, self._samples)
+        self._message_opening_ids = message_opening(self._tokenizer, self._samples)
 
     @property
     def identity(self) -> ModelIdentity:
@@ -105,6 +116,11 @@ class TransformersSubject:
     def tokenizer(self) -> Any:
         """The model's, chat template included."""
         return self._tokenizer
+
+    @property
+    def message_width(self) -> int:
+        """Tokens of a message, the last, over which the gate averages."""
+        return self._message_width
 
     @property
     def message_opening_ids(self) -> list[int]:
@@ -224,17 +240,7 @@ class TransformersSubject:
         return responses
 
     def _template(self, text: str) -> list[int]:
-        return self._conversation([text])
-
-    def _conversation(self, texts: Sequence[str]) -> list[int]:
-        """Token ids of a chat whose messages are the user's and the assistant's in turn."""
-        roles = ("user", "assistant")
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)],
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        return list(ids)
+        return chat_ids(self._tokenizer, [text])
 
     def _shared_prefix(self) -> tuple[list[int], Any]:
         """What the template puts before every instruction, and its KV cache.
@@ -245,7 +251,7 @@ class TransformersSubject:
         cache = DynamicCache(config=self._config)
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
             return [], cache
-        prefix = _common_start([self._template(text) for text in self._samples])
+        prefix = common_start([self._template(text) for text in self._samples])
         if prefix:
             ids = torch.tensor([prefix], device=self._runner.device)
             self._runner.base(ids, torch.ones_like(ids), cache)
@@ -273,69 +279,3 @@ class _Noise:
         for row, generator in zip(waits, self._generators, strict=True):
             row.exponential_(generator=generator)
         return (logits.float() / self._temperature - waits.log()).argmax(-1)
-
-
-def _distinct_instructions(tokenizer: Any) -> list[str]:
-    """Short texts that end, and begin, in different tokens, in any vocabulary."""
-    plain = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
-    some = plain[:: max(1, len(plain) // 8)][:8]
-    words = (tokenizer.decode([token_id]).strip() for token_id in some)
-    return ["A", "7", "…", *(word for word in words if word)]
-
-
-def message_opening(conversation: Any, instructions: Sequence[str]) -> list[int]:
-    """Return the token ids that a chat template puts right before every user message.
-
-    They are what the beginning of a chat and that of its second turn end with alike, so that a
-    message can be found behind any system prompt and any history.
-
-    Args:
-        conversation: callable from messages, the user's and the assistant's in turn, to token ids.
-        instructions: user messages of which at least two are different tokens.
-
-    Returns:
-        Nothing where the template takes no second turn or shares nothing with it.
-    """
-    first = _common_start([conversation([text]) for text in instructions])
-    try:
-        later = _common_start([conversation(["A", "B", text]) for text in instructions])
-    except (ValueError, TypeError, jinja2.TemplateError):
-        return []
-    shared = _common_start([first[::-1], later[::-1]])
-    return shared[::-1]
-
-
-def _common_start(samples: Sequence[Sequence[int]]) -> list[int]:
-    """The longest beginning that all of them share."""
-    shared: list[int] = []
-    for tokens in zip(*samples, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        shared.append(tokens[0])
-    return shared
-
-
-def instruction_suffix(template: Any, instructions: Sequence[str]) -> list[int]:
-    """Return the token ids that follow every instruction in a chat template.
-
-    Args:
-        template: callable from a user message to token ids, generation prompt included.
-        instructions: user messages of which at least two are different tokens.
-
-    Raises:
-        UnsupportedModelError: nothing follows the instruction, or the instructions are all the same
-            to this tokenizer.
-    """
-    samples = [template(text) for text in instructions]
-    if len({tuple(sample) for sample in samples}) < 2:
-        raise UnsupportedModelError(
-            "the chat template gives the same tokens for every instruction, so where an instruction"
-            " ends cannot be told; is this the model's own tokenizer?"
-        )
-    suffix = _common_start([sample[::-1] for sample in samples])[::-1]
-    if not suffix:
-        raise UnsupportedModelError(
-            "the chat template puts nothing after the instruction, so there is no post-instruction"
-            " token to read a refusal direction at"
-        )
-    return suffix

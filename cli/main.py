@@ -10,9 +10,14 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from calibration.config import CalibrationConfig
+    from calibration.pipeline import CalibrationResult
+    from calibration.progress import Progress
 
 app = typer.Typer(
     name="trimtab",
@@ -43,6 +48,9 @@ class EngineName(StrEnum):
 
 _MODEL = "Local folder, hub id, or a name that `trimtab models list` shows."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
+OptionalModel = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)
+]
 GuardOption = Annotated[
     Path | None,
     typer.Option("--guard", metavar="FILE", help="Guard file that `trimtab calibrate` wrote."),
@@ -118,7 +126,21 @@ def _root(
 
 @app.command()
 def calibrate(
-    model: ModelArgument,
+    context: typer.Context,
+    model: OptionalModel = None,
+    vllm_options: VllmOptions = None,
+    engine_name: EngineOption = EngineName.TRANSFORMERS,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Read the model from a vLLM server that was started with TRIMTAB_ADMIN_KEY.",
+        ),
+    ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(envvar="TRIMTAB_ADMIN_KEY", help="The key of that server."),
+    ] = None,
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE", help="Where the guard is written.")
     ] = Path("guard.safetensors"),
@@ -175,6 +197,9 @@ def calibrate(
 ) -> None:
     """Pull the refusal carriers out of a model and write its guard.
 
+    The model is loaded here (MODEL), by a vLLM that this command starts (MODEL --engine vllm), or
+    read from a server that runs it already (--endpoint URL).
+
     Exit code 0: written; 2: bad input; 3: the model has no admissible carrier, nothing is written.
     """
     from cli.models import resolve_model
@@ -187,9 +212,23 @@ def calibrate(
         raise InputError(
             f"--out {out}: this is a folder; name the file, e.g. {out / 'guard.safetensors'}"
         )
-    folder = resolve_model(model)
+    on_vllm = engine_name is EngineName.VLLM
+    loading = ("revision", "dtype", "device", "trust_remote_code")
+    given = [f"--{name.replace('_', '-')}" for name in loading if _given(context, name)]
+    if (model is None) == (endpoint is None):
+        raise InputError("give MODEL, or --endpoint URL of a server that runs it")
+    if endpoint is not None and (on_vllm or given):
+        names = ", ".join([*(["--engine vllm"] if on_vllm else []), *given])
+        raise InputError(f"{names}: not with --endpoint, whose model is loaded already")
+    if endpoint is not None and not admin_key:
+        raise InputError("--endpoint needs the server's TRIMTAB_ADMIN_KEY, or --admin-key")
+    if on_vllm and "--device" in given:
+        raise InputError("--device is not an option of --engine vllm")
+    if vllm_options and not on_vllm:
+        raise InputError(f"{' '.join(vllm_options)}: options after -- need --engine vllm")
+    folder = resolve_model(model) if model is not None else ""
 
-    from pydantic import ValidationError
+    from pydantic import SecretStr, ValidationError
 
     from calibration.config import CalibrationConfig
     from calibration.pipeline import calibrate as run
@@ -200,6 +239,8 @@ def calibrate(
         config = CalibrationConfig(
             model=folder,
             model_name=model,
+            endpoint=endpoint,
+            admin_key=SecretStr(admin_key or ""),
             out=out,
             revision=revision,
             dtype=dtype.value,
@@ -229,7 +270,11 @@ def calibrate(
     _hush(folder)
     keep_freed_memory()
     with RichProgress() as progress:
-        result = run(config, progress)
+        if on_vllm:
+            options = _vllm_options(revision, dtype, trust_remote_code, vllm_options)
+            result = _calibrate_in_vllm(config, options, progress)
+        else:
+            result = run(config, progress)
     if as_json:
         print_json({**result.summary(), "out": str(out)})
         return
@@ -237,6 +282,23 @@ def calibrate(
     for line in result.notes:
         note(f"note: {line}")
     note(f"guard {result.artifact_id} written to {out}")
+
+
+def _calibrate_in_vllm(
+    config: CalibrationConfig, options: list[str], progress: Progress
+) -> CalibrationResult:
+    import os
+
+    from pydantic import SecretStr
+
+    from calibration.pipeline import calibrate, gather_prompts
+    from cli.vllm_calibrate import private_server
+
+    gather_prompts(config)  # before a model is loaded for them in vain
+    progress.stage("start vLLM", None)
+    with private_server(config.model, options, os.environ) as server:
+        there = {"model": "", "endpoint": server.url, "admin_key": SecretStr(server.key)}
+        return calibrate(config.model_copy(update=there), progress)
 
 
 @app.command()
@@ -359,17 +421,13 @@ def _serve_with_vllm(
     from cli.vllm_serve import run_vllm, vllm_command, vllm_environment
     from guard.errors import InputError
 
-    def given(name: str) -> bool:
-        source = context.get_parameter_source(name)
-        return source is not None and source.name != "DEFAULT"
-
     for name in ("device", "max_queue", "layers_path"):
-        if given(name):
+        if _given(context, name):
             raise InputError(f"--{name.replace('_', '-')} is not an option of --engine vllm")
     flags = {
         flag: context.params[name]
         for name, flag in _VLLM_FLAGS.items()
-        if name in ("host", "port") or given(name)
+        if name in ("host", "port") or _given(context, name)
     }
     env = vllm_environment(os.environ, guard, policy)
     if context.params["api_key"] is not None:
@@ -398,9 +456,7 @@ def inspect(
 
 @app.command()
 def doctor(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)
-    ] = None,
+    model: OptionalModel = None,
     vllm_options: VllmOptions = None,
     engine_name: EngineOption = EngineName.TRANSFORMERS,
     guard: GuardOption = None,
@@ -448,10 +504,7 @@ def doctor(
         if on_vllm:
             from cli.vllm_doctor import check_vllm
 
-            flags = {"--revision": revision, "--dtype": dtype.value}
-            options = [part for flag, value in flags.items() if value for part in (flag, value)]
-            options += ["--trust-remote-code"] if trust_remote_code else []
-            options += vllm_options or []
+            options = _vllm_options(revision, dtype, trust_remote_code, vllm_options)
             checks += check_vllm(folder, guard, policy, rules, options, os.environ)
         else:
             checks += check_guard(
@@ -536,6 +589,21 @@ def models_list(as_json: JsonOption = False) -> None:
         for name, m in EMBEDDED.items()
     ]
     print_tables(table("Models", ("name", "status", "download", "licence", "folder"), rows))
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """True if the user set an option."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _vllm_options(
+    revision: str | None, dtype: Dtype, trust_remote_code: bool, extra: list[str] | None
+) -> list[str]:
+    """This command's options under vLLM's names, then what stands after --."""
+    flags = {"--revision": revision, "--dtype": dtype.value}
+    options = [part for flag, value in flags.items() if value for part in (flag, value)]
+    return [*options, *(["--trust-remote-code"] if trust_remote_code else []), *(extra or [])]
 
 
 def _hush(folder: str) -> None:

@@ -11,6 +11,7 @@ GuardError
 ├── RequestError              a request the server must answer with status 400
 │   └── ContextOverflowError  prompt and answer do not fit the model's context
 ├── QueueFullError            too many requests wait (status 429)
+├── EndpointError             the server under calibration broke off or cannot do what was asked
 ├── NumericsError             NaN or infinite values where a guard must compute
 ├── BudgetError               a charge that would pass the KL budget: a bug, never swallowed
 └── NotArmedError             the guard cannot guard, so nothing is served
@@ -22,6 +23,7 @@ __all__ = [
     "ArtifactError",
     "BudgetError",
     "ContextOverflowError",
+    "EndpointError",
     "GuardError",
     "InputError",
     "ModelMismatchError",
@@ -92,6 +94,10 @@ class QueueFullError(GuardError):
     def __init__(self, message: str, retry_after_seconds: int) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class EndpointError(GuardError):
+    """The server under calibration broke off, or could not do what it was asked."""
 
 
 class NumericsError(GuardError):

@@ -25,7 +25,7 @@ from guard.session import Record
 from serve.metrics import ErrorKind, GuardMetrics
 from serve.vllm_patch import check_statuses, wrap
 
-__all__ = ["Front", "check_request", "install", "read_record"]
+__all__ = ["Front", "check_request", "install", "metrics_of", "read_record", "served_name"]
 
 _log = logging.getLogger("trimtab.vllm")
 
@@ -34,10 +34,17 @@ _DRAIN_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class _Ended:
-    """A response that ended: its text, None if it was aborted, and how long it took."""
+    """A response that ended.
+
+    Attributes:
+        text: None if it was aborted, or is wanted as tokens only.
+        seconds: how long it took.
+        aborted: it did not come to its end.
+    """
 
     text: str | None
     seconds: float | None
+    aborted: bool
 
 
 def read_record(fields: dict[str, Any]) -> Record:
@@ -53,17 +60,21 @@ class Front:
         engine: the `AsyncLLM`.
         artifact: the guard file.
         policy: the operator's.
+
+    Attributes:
+        metrics: the guard's.
+        spared: says which requests are not counted: those of a calibration.
     """
 
     def __init__(self, engine: Any, artifact: CarrierArtifact, policy: Policy) -> None:
+        self.spared: Callable[[str], bool] = lambda _: False
         self._engine, self._artifact, self._policy = engine, artifact, policy
         self._ended: dict[str, _Ended] = {}
         self._armed = False
         self._arming: asyncio.Lock | None = None
         self._task: asyncio.Task[None] | None = None
-        names = engine.vllm_config.model_config.served_model_name
-        self.metrics = _metrics(
-            names if isinstance(names, str) else names[0],
+        self.metrics = metrics_of(
+            served_name(engine.vllm_config),
             policy.mode,
             artifact.artifact_id,
             artifact.manifest.format_version,
@@ -108,9 +119,12 @@ class Front:
             self.metrics.count_error(ErrorKind.NOT_ARMED)
             raise
 
-    def end(self, request_id: str, text: str | None, seconds: float | None) -> None:
-        """A response ended; None as text: it was aborted."""
-        self._ended[request_id] = _Ended(text, seconds)
+    def end(
+        self, request_id: str, text: str | None, seconds: float | None, *, aborted: bool = False
+    ) -> None:
+        """A response ended; without a text it gets no verdict."""
+        if not self.spared(request_id):
+            self._ended[request_id] = _Ended(text, seconds, aborted)
 
     def close(self) -> None:
         """Stop draining."""
@@ -138,7 +152,7 @@ class Front:
     def _book(self, found: dict[str, Any] | None, response: _Ended) -> None:
         if response.seconds is not None:
             self.metrics.observe_request(response.seconds)
-        if response.text is None:
+        if response.aborted:
             self.metrics.count_error(ErrorKind.CLIENT_DISCONNECT)
         if found is None:  # aborted before it had its first token: there was nothing to guard
             self.metrics.observe(None)
@@ -213,7 +227,9 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
     def finish(original: Callable[..., Any], self: Any, state: Any) -> Any:
         front = self.__dict__.get("trimtab")
         if front is not None and state.detokenizer is not None:
-            front.end(state.request_id, state.detokenizer.output_text, _seconds(state))
+            # A detokenizer that was told not to detokenize has no text.
+            text = getattr(state.detokenizer, "output_text", None)
+            front.end(state.request_id, text, _seconds(state))
         return original(self, state)
 
     def abort(
@@ -223,7 +239,7 @@ def install(artifact: CarrierArtifact, policy: Policy) -> None:
         front = self.__dict__.get("trimtab")
         if front is not None:
             for request_id in aborted:
-                front.end(request_id, None, None)
+                front.end(request_id, None, None, aborted=True)
         return aborted
 
     wrap(AsyncLLM, "__init__", init_async)
@@ -300,8 +316,16 @@ def _client_fault(error: RequestError) -> Exception:
     return fault
 
 
+def served_name(config: Any) -> str:
+    """The name under which a `vllm.config.VllmConfig` serves its model."""
+    names = config.model_config.served_model_name
+    return names if isinstance(names, str) else str(names[0])
+
+
 @functools.lru_cache(maxsize=8)
-def _metrics(model: str, mode: str, artifact_id: str, format_version: int) -> GuardMetrics:
+def metrics_of(
+    model: str, mode: str, artifact_id: str | None = None, format_version: int | None = None
+) -> GuardMetrics:
     """One set per process, which outlives its engines; vLLM's /metrics shows this registry."""
     from prometheus_client import REGISTRY
 

@@ -279,6 +279,7 @@ class StepGuard:
         n_steps: steps it has seen.
         awake: False while vLLM warms up with requests of its own; nothing is served then.
         rehearsing: True while the canary runs, which warms up what steering needs.
+        spared: says which requests are not guarded: those of a calibration.
     """
 
     def __init__(self, artifact: CarrierArtifact, policy: Policy, device: torch.device) -> None:
@@ -291,6 +292,7 @@ class StepGuard:
         self.n_steps = 0
         self.awake = False
         self.rehearsing = False
+        self.spared: Callable[[str], bool] = lambda _: False
         self._device = device
         self._ended: OrderedDict[str, GuardedRequest] = OrderedDict()
         self._active: dict[str, GuardedRequest] = {}  # that are steered, or failed
@@ -304,6 +306,11 @@ class StepGuard:
     def layers(self) -> list[int]:
         """Layers whose input is read: the gate's and the carriers', rising."""
         return self.artifact.layers
+
+    @property
+    def gate_layer(self) -> int:
+        """The last layer at which the gate reads."""
+        return self.artifact.manifest.gate.layers[-1]
 
     def renew(self, request_id: str, n_prompt: int) -> None:
         """A request is announced, perhaps again: one whose prompt has grown is gated anew."""
@@ -367,7 +374,8 @@ class StepGuard:
             self._scores = [SlotScores(runner.n_slots, self._device) for _ in self._probes()]
         self.n_steps += 1
         self.settle()
-        unknown = {name for name in runner.request_ids if name not in self.requests}
+        new = (name for name in runner.request_ids if name not in self.requests)
+        unknown = {name for name in new if not self.spared(name)}
         self._fresh = runner.sampling_rows(unknown) if unknown else []
         with runner.at_gate() if self._fresh else nullcontext():
             slots = runner.slots_written()

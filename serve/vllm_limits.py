@@ -12,7 +12,7 @@ from typing import Any
 from guard.errors import PolicyError, UnsupportedModelError
 from guard.policy import Policy
 
-__all__ = ["SALT", "check_config", "check_policy", "salt_config"]
+__all__ = ["SALT", "check_calibrated", "check_config", "check_policy", "salt_config"]
 
 SALT = "trimtab"
 """Key in `VllmConfig.additional_config`; it is part of the compile cache's hash."""
@@ -48,7 +48,22 @@ def check_config(config: Any) -> None:
         raise UnsupportedModelError(
             "trimtab cannot guard this vLLM configuration exactly, so it does not start: "
             + "; ".join(faults)
-            + ". Without TRIMTAB_GUARD vLLM serves it unguarded"
+            + ". Without TRIMTAB_GUARD and TRIMTAB_ADMIN_KEY vLLM serves it unguarded"
+        )
+
+
+def check_calibrated(config: Any) -> None:
+    """Refuse a configuration that cannot be calibrated while it serves.
+
+    Raises:
+        UnsupportedModelError: names the option to change.
+    """
+    check_config(config)
+    if config.lora_config is not None:
+        raise UnsupportedModelError(
+            "with TRIMTAB_ADMIN_KEY set, drop --enable-lora: a calibration reads the base model,"
+            " and a guard made without the adapters works with them; set the key on a server that"
+            " has none"
         )
 
 

@@ -8,9 +8,14 @@ vLLM calls `register()` in every process: API server, engine core and workers. W
     EngineCore._initialize_kv_caches  every rank has to say that it is armed, or the start fails
     front end (`vllm_front`)          nothing is served, /health says 503 until they did; metrics
 
+With TRIMTAB_ADMIN_KEY set the server can be calibrated as well, or only, without a guard:
+
+    AsyncLLM.__init__, build_app      the routes of `calibration_routes`, for that key
+    WorkerWrapperBase                 a desk that reads hidden states (`vllm_desk`)
+
 vLLM itself fails open: an error in a plugin may be logged and serving goes on without it. So an
 error here is raised *and* leaves a patch behind that lets no engine start in this process.
-With neither TRIMTAB_GUARD nor TRIMTAB_POLICY set, nothing at all is imported or changed.
+With none of the three variables set, nothing at all is imported or changed.
 """
 
 from __future__ import annotations
@@ -64,12 +69,13 @@ def register() -> None:
         GuardError: this process cannot guard, and no engine will start in it.
     """
     guard, policy = os.environ.get("TRIMTAB_GUARD"), os.environ.get("TRIMTAB_POLICY")
-    if not guard and not policy:
+    key = os.environ.get("TRIMTAB_ADMIN_KEY", "").strip() or None
+    if not guard and not policy and key is None:
         return
     try:
-        armament = _load(guard, policy)
-        if armament is not None:
-            _install(armament)
+        armament = _load(guard, policy) if guard or policy else None
+        if armament is not None or key is not None:
+            _install(armament, key)
     except BaseException as error:
         _refuse(error)
         raise
@@ -94,26 +100,32 @@ def _load(guard: str | None, policy_file: str | None) -> Armament | None:
     return Armament(load_artifact(Path(guard)).with_preset(policy.preset), policy)
 
 
-def _install(armament: Armament) -> None:
+def _install(armament: Armament | None, key: str | None) -> None:
     global _installed
+    name = armament.name if armament is not None else "no guard, only to be calibrated"
     if _installed is not None:
-        if _installed != armament.name:
+        if _installed != name:
             from guard.errors import NotArmedError
 
             raise NotArmedError(
                 f"this process already serves with {_installed}, and TRIMTAB_GUARD and"
-                f" TRIMTAB_POLICY now name {armament.name}; start a new process"
+                f" TRIMTAB_POLICY now name {name}; start a new process"
             )
         return
-    from serve import vllm_front
+    if armament is not None:
+        from serve import vllm_front
 
-    _patch_config(armament)
-    _patch_executor(armament)
-    _patch_worker(armament)
-    _patch_engine_core(armament)
-    vllm_front.install(armament.artifact, armament.policy)
-    _installed = armament.name
-    _log.info("%s in mode %s", armament.name, armament.policy.mode)
+        _patch_config(armament)
+        _patch_executor(armament)
+        _patch_worker(armament, calibrated=key is not None)
+        _patch_engine_core(armament)
+        vllm_front.install(armament.artifact, armament.policy)
+        _log.info("%s in mode %s", armament.name, armament.policy.mode)
+    if key is not None:
+        from serve import vllm_calibration
+
+        vllm_calibration.install(key, guarded=armament is not None)
+    _installed = name
 
 
 def _patch_config(armament: Armament) -> None:
@@ -159,7 +171,7 @@ def _check_start(armament: Armament, config: Any) -> None:
     armament.artifact.check_model(checkpoint_identity(config.model_config))
 
 
-def _patch_worker(armament: Armament) -> None:
+def _patch_worker(armament: Armament, *, calibrated: bool) -> None:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from guard.errors import NotArmedError
@@ -173,7 +185,9 @@ def _patch_worker(armament: Armament) -> None:
 
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = self.worker.load_model(*args, **kwargs)
-        self.__dict__["trimtab"] = WorkerGuard(self.worker, armament.artifact, armament.policy)
+        self.__dict__["trimtab"] = WorkerGuard(
+            self.worker, armament.artifact, armament.policy, calibrated=calibrated
+        )
         return result
 
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:

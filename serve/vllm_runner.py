@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,16 +30,46 @@ from guard.steering import Carrier
 from serve.vllm_graphs import SteeringGraphs
 from serve.vllm_guard import (
     MAX_STEERED,
+    Runner,
     SamplingRow,
     Steering,
-    StepGuard,
     has_triton,
     on_device,
 )
 
-__all__ = ["ModelRunner", "attach_v1", "attach_v2"]
+__all__ = ["ModelRunner", "Note", "StepWork", "attach", "is_v1"]
 
 _GREEDY_BELOW = 1e-5  # vLLM's own limit
+
+Note = Callable[[int, Tensor], None]
+"""Called with a layer's number and what enters it, (n_tokens, d_model); not to be kept as it is."""
+
+
+class StepWork(Protocol):
+    """What is done between a step's forward pass and its sampler; see `StepGuard`."""
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """Layers whose input the compiled model returns, rising."""
+
+    @property
+    def gate_layer(self) -> int | None:
+        """The one of them at which the gate is read; None: there is no gate."""
+
+    def renew(self, request_id: str, n_prompt: int) -> None:
+        """A request is announced, perhaps again."""
+
+    def end(self, request_ids: Sequence[str]) -> None:
+        """Requests that vLLM has forgotten."""
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]], n_blocks: int) -> None:
+        """Follow a copy of whole KV blocks."""
+
+    def begin(self, runner: Runner) -> bool:
+        """True if `step` has to see the logits of this step."""
+
+    def step(self, runner: Runner, logits: Tensor) -> Tensor:
+        """Return the logits to sample from."""
 
 
 class ModelRunner:
@@ -67,7 +97,8 @@ class ModelRunner:
             from serve import vllm_kernels
 
             self._mix = vllm_kernels.mix_rows
-        _ask_for_hidden_states(runner, self._model, layers)
+        if layers:
+            _ask_for_hidden_states(runner, self._model, layers)
 
     @property
     def n_slots(self) -> int:
@@ -79,6 +110,11 @@ class ModelRunner:
     def n_blocks(self) -> int:
         """How many KV blocks there are."""
         return int(self._runner.kv_cache_config.num_blocks)
+
+    @property
+    def max_rows(self) -> int:
+        """How many rows a pass of ours may have: attention backends keep buffers for so many."""
+        return 2 * min(MAX_STEERED, int(self._runner.max_num_reqs))
 
     @property
     def n_ranks(self) -> int:
@@ -156,6 +192,46 @@ class ModelRunner:
         """(len(rows), d_model): the normed states that these logits are computed from."""
         raise NotImplementedError
 
+    def _tables(self, rows: Tensor) -> Tensor:
+        """(len(rows), n_blocks) int32: the KV blocks of rows, (n,) int64 on the device."""
+        raise NotImplementedError
+
+    def rerun(
+        self,
+        rows: Sequence[int],
+        seen: Sequence[int],
+        layer: int,
+        hidden: Tensor,
+        note: Note | None = None,
+    ) -> Tensor:
+        """Run any tokens of this step's rows again, reading the KV cache and writing nothing.
+
+        Args:
+            rows: of the step, one for each token; a row may be named for several of its tokens.
+            seen: how many tokens of its row each attends to, itself included.
+            layer: the first to run.
+            hidden: (len(rows), d_model) entering it; it may be overwritten.
+            note: told what enters each layer.
+
+        Returns:
+            (len(rows), d_model): normed last states.
+        """
+        index = on_device(list(rows), torch.int64, hidden.device)
+        lengths = torch.tensor(seen, dtype=torch.int32)
+        tables = self._tables(index).contiguous()
+        return self._run(layer, hidden, lengths.to(hidden.device), lengths, tables, note=note)
+
+    def embed(self, token_ids: Sequence[int]) -> Tensor:
+        """(len(token_ids), d_model): what enters the first layer."""
+        ids = on_device(list(token_ids), torch.int64, torch.device(self._runner.device))
+        embedded: Tensor = self._body.embed_tokens(ids)
+        return embedded
+
+    def logits_of(self, last: Tensor) -> Tensor:
+        """(n_rows, vocab) logits of normed last states."""
+        logits: Tensor = self._compute_logits(last)
+        return logits
+
     def steer(self, work: Steering, logits: Tensor) -> tuple[Tensor, Moved]:
         """Shadow pass, null rows beside steered ones, and mixture of some rows."""
         device, rows = logits.device, list(work.rows)
@@ -190,6 +266,7 @@ class ModelRunner:
         seen: Tensor,
         table: Tensor,
         groups: Sequence[Any] | None = None,
+        note: Note | None = None,
     ) -> Tensor:
         """Normed last states of one query token per row, entered at `layer`, over its KV blocks.
 
@@ -200,6 +277,7 @@ class ModelRunner:
             seen: the same on the host, or an upper bound.
             table: (n_rows, n_blocks) int32.
             groups: attention groups, with the builders to use; the runner's own by default.
+            note: told what enters each layer.
         """
         from vllm.forward_context import set_forward_context
         from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -238,7 +316,9 @@ class ModelRunner:
             _fused_kernels(self._body.layers[layer:]),
         ):
             stream, residual = hidden, None
-            for decoder in self._body.layers[layer:]:
+            for number, decoder in enumerate(self._body.layers[layer:], layer):
+                if note is not None:
+                    note(number, stream if residual is None else stream + residual)
                 stream, residual = decoder(positions, stream, residual)
             last: Tensor = self._body.norm(stream, residual)[0]
         return last
@@ -329,6 +409,12 @@ class _V1(ModelRunner):
         seen = runner.optimistic_seq_lens_cpu[list(rows)]
         return self._run(layer, hidden, runner.seq_lens[index], seen, table[index].contiguous())
 
+    def _tables(self, rows: Tensor) -> Tensor:
+        """(len(rows), n_blocks) int32: the KV blocks of rows."""
+        batch = self._runner.input_batch
+        tables: Tensor = batch.block_table[0].get_device_tensor(batch.num_reqs)[rows]
+        return tables
+
     def _again_with_adapters(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
         """Likewise, each row with its own LoRA adapter.
 
@@ -363,13 +449,14 @@ class _V2(ModelRunner):
     tables: Any = None  # per KV cache group: (n_rows, n_blocks)
     slots: Any = None  # (n_groups, n_tokens)
 
-    def __init__(self, runner: Any, layers: Sequence[int], gate_layer: int) -> None:
+    def __init__(self, runner: Any, layers: Sequence[int], gate_layer: int | None) -> None:
         super().__init__(runner, layers)
         self.prompts: dict[str, tuple[Sequence[int], float, str | None]] = {}
         self.graphs: SteeringGraphs | None = None
         self.gate_passed: torch.cuda.Event | None = None  # in this step, where Python sees it
         self._side = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call]
-        self._watch(gate_layer)
+        if gate_layer is not None:
+            self._watch(gate_layer)
 
     def _watch(self, layer: int) -> None:
         """Note when the device gets to the gate's layer.
@@ -515,13 +602,28 @@ class _V2(ModelRunner):
         table = self.tables[0][index].contiguous()
         return self._run(layer, hidden, self.batch.seq_lens[index], seen, table)
 
+    def _tables(self, rows: Tensor) -> Tensor:
+        """(len(rows), n_blocks) int32: the KV blocks of rows."""
+        tables: Tensor = self.tables[0][rows]
+        return tables
 
-def attach_v1(runner: Any, guard: StepGuard) -> ModelRunner:
-    """Put the guard between a V1 runner's forward pass and its sampler.
+
+def attach(runner: Any, guard: StepWork) -> ModelRunner:
+    """Put the guard between a runner's forward pass and its sampler.
 
     Raises:
         UnsupportedModelError: this model cannot be guarded.
     """
+    return (_attach_v1 if is_v1(runner) else _attach_v2)(runner, guard)
+
+
+def is_v1(runner: Any) -> bool:
+    """True for vLLM's older model runner."""
+    return hasattr(runner, "discard_request_mask")
+
+
+def _attach_v1(runner: Any, guard: StepWork) -> ModelRunner:
+    """Between `execute_model` and `sample_tokens`."""
     view = _V1(runner, guard.layers)
     execute_model = runner.execute_model
 
@@ -539,17 +641,13 @@ def attach_v1(runner: Any, guard: StepGuard) -> ModelRunner:
     return view
 
 
-def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
-    """Put the guard into the V2 runner's `sample`, between logits and grammar.
-
-    Raises:
-        UnsupportedModelError: this model cannot be guarded.
-    """
+def _attach_v2(runner: Any, guard: StepWork) -> ModelRunner:
+    """Into the V2 runner's `sample`, between logits and grammar."""
     if runner.lora_config is not None:
         raise UnsupportedModelError(
             "--enable-lora is guarded on the V1 model runner only: set VLLM_USE_V2_MODEL_RUNNER=0"
         )
-    view = _V2(runner, guard.layers, guard.artifact.manifest.gate.layers[-1])
+    view = _V2(runner, guard.layers, guard.gate_layer)
     model = runner.get_model()
     execute_model, prepare_attn = runner.execute_model, runner.prepare_attn
     sample_tokens, sample = runner.sample_tokens, runner.sample
@@ -597,7 +695,7 @@ def attach_v2(runner: Any, guard: StepGuard) -> ModelRunner:
     return view
 
 
-def _follow(guard: StepGuard, view: ModelRunner, scheduler_output: Any) -> None:
+def _follow(guard: StepWork, view: ModelRunner, scheduler_output: Any) -> None:
     """What the scheduler says before a step: requests that come and go, blocks that are copied."""
     guard.end(list(scheduler_output.finished_req_ids))
     for new in scheduler_output.scheduled_new_reqs:

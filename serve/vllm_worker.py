@@ -16,8 +16,9 @@ from guard.errors import NotArmedError, UnsupportedModelError
 from guard.policy import Policy
 from guard.session import Record
 from serve.canary import CanaryReading, check_reading, compare
+from serve.vllm_desk import Desk, WithDesk
 from serve.vllm_guard import GuardedRequest, Runner, StepGuard
-from serve.vllm_runner import ModelRunner, attach_v1, attach_v2
+from serve.vllm_runner import ModelRunner, attach, is_v1
 
 __all__ = ["WorkerGuard"]
 
@@ -34,9 +35,11 @@ class WorkerGuard:
         worker: vLLM's, with its model loaded and nothing run yet.
         artifact: the guard file.
         policy: the operator's.
+        calibrated: it can be calibrated, too.
 
     Attributes:
         guard: the guard of its steps.
+        desk: where calibrations are served; None unless `calibrated`.
         runner: which of vLLM's model runners it has, V1 or V2.
         readings: what the canary showed; empty until it ran.
         graph_bytes: device memory that the captured shadow passes take.
@@ -45,7 +48,14 @@ class WorkerGuard:
         UnsupportedModelError: this model or runner cannot be guarded.
     """
 
-    def __init__(self, worker: Any, artifact: CarrierArtifact, policy: Policy) -> None:
+    def __init__(
+        self,
+        worker: Any,
+        artifact: CarrierArtifact,
+        policy: Policy,
+        *,
+        calibrated: bool = False,
+    ) -> None:
         self._worker = worker
         self._artifact = artifact
         runner = worker.model_runner
@@ -55,10 +65,14 @@ class WorkerGuard:
             raise UnsupportedModelError(
                 f"the guard reads layers {self.guard.layers} of a {n_layers}-layer model"
             )
-        is_v1 = hasattr(runner, "discard_request_mask")
-        attach = attach_v1 if is_v1 else attach_v2
-        self.runner = "V1" if is_v1 else "V2"
-        self._view: ModelRunner = attach(runner, self.guard)
+        self.runner = "V1" if is_v1(runner) else "V2"
+        self.desk: Desk | None = None
+        if calibrated:
+            both = WithDesk(self.guard)
+            self._view: ModelRunner = attach(runner, both)
+            self.desk = both.desk = Desk(self._view, torch.device(runner.device))
+        else:
+            self._view = attach(runner, self.guard)
         self.readings: list[CanaryReading] = []
         self.graph_bytes = 0
 

@@ -175,13 +175,14 @@ def planted_direction() -> torch.Tensor:
     return direction / direction.norm()
 
 
-def build_tiny_refuser(folder: Path, refuses: bool = True, seed: int = 0) -> None:
+def build_tiny_refuser(folder: Path, refuses: bool = True, seed: int = 0, n_heads: int = 4) -> None:
     """Train the model and save it with its tokenizer; one thread, the same bits for the same seed.
 
     Args:
         folder: made if it does not exist; then a folder for `from_pretrained`.
         refuses: False trains a model that follows every instruction.
         seed: of the weights and of the training sequences.
+        n_heads: 2 makes heads of the least width that vLLM's CPU attention has.
     """
     tokenizer = _tokenizer()
     threads = torch.get_num_threads()
@@ -189,7 +190,7 @@ def build_tiny_refuser(folder: Path, refuses: bool = True, seed: int = 0) -> Non
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = LlamaForCausalLM(_config(tokenizer))
+            model = LlamaForCausalLM(_config(tokenizer, n_heads))
             _train(model, refuses, torch.Generator().manual_seed(seed))
     finally:
         torch.set_num_threads(threads)
@@ -231,14 +232,14 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+def _config(tokenizer: PreTrainedTokenizerFast, n_heads: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=_D_MODEL,
         intermediate_size=96,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_heads,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,

@@ -19,6 +19,9 @@ import pytest
 from openai import OpenAI
 from prometheus_client.mmap_dict import MmapedDict
 
+from calibration.endpoint_subject import EndpointSubject
+from guard.endpoint import PATH
+from guard.errors import InputError
 from tests.serve.vllm_driver import texts
 from tests.serve.vllm_setup import ROOT, vllm_env
 
@@ -108,6 +111,12 @@ def wait_for(url: str, n: int) -> None:
             return
         time.sleep(0.25)
     pytest.fail(f"{metric(url, 'trimtab_requests_total')} of {n} responses were booked")
+
+
+def test_without_an_admin_key_there_are_no_routes_to_calibrate_by(server: str) -> None:
+    assert httpx.get(f"{server}{PATH}/model").status_code == 404
+    with pytest.raises(InputError, match="no calibration routes there"):
+        EndpointSubject(server, "any")
 
 
 def test_clients_are_served_and_every_response_is_counted(server: str) -> None:

@@ -42,6 +42,15 @@ def test_options_that_are_not_exact_are_refused_by_name(
         assert option in error
 
 
+def test_what_cannot_be_calibrated_is_refused_by_name(vllm_model_dir: Path, tmp_path: Path) -> None:
+    more = {"more": {"--enable-lora": {"enable_lora": True}}}
+    seen = drive("refused", vllm_model_dir, tmp_path, more, TRIMTAB_ADMIN_KEY="of-the-operator")
+    assert seen.pop("fine") == "started, salt None"  # nothing of ours in the compiled model
+    for option, error in seen.items():
+        assert error.startswith("UnsupportedModelError"), (option, error)
+        assert option in error
+
+
 def test_without_the_variables_the_plugin_changes_nothing(
     vllm_model_dir: Path, tmp_path: Path
 ) -> None:

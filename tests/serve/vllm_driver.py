@@ -490,7 +490,7 @@ def two_ranks(model: str, out: Path, options: dict[str, Any]) -> None:
     out.write_text(json.dumps({"ranks": found, "statuses": statuses}))
 
 
-def refused(model: str, out: Path, _: dict[str, Any]) -> None:
+def refused(model: str, out: Path, options: dict[str, Any]) -> None:
     """Every configuration that is not exact, with the error it gives before anything is loaded."""
     from vllm.engine.arg_utils import EngineArgs
 
@@ -515,6 +515,7 @@ def refused(model: str, out: Path, _: dict[str, Any]) -> None:
         "--kv-transfer-config": {
             "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
         },
+        **options.get("more", {}),
     }
     seen = {}
     for name, extra in cases.items():

@@ -1,0 +1,116 @@
+"""What a chat template puts around an instruction. Tokenizers are read by their public shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from guard.errors import UnsupportedModelError
+
+__all__ = [
+    "chat_ids",
+    "check_template",
+    "common_start",
+    "distinct_instructions",
+    "instruction_suffix",
+    "message_opening",
+]
+
+
+def check_template(tokenizer: Any, model_id: str) -> None:
+    """Refuse a tokenizer without a chat template.
+
+    Raises:
+        UnsupportedModelError: says what to do.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UnsupportedModelError(
+            f"{model_id}: the tokenizer has no chat template, so there is no place at which a"
+            " response begins; calibrate the chat (instruct) variant, or set"
+            " tokenizer.chat_template and save it with the model"
+        )
+
+
+def chat_ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Token ids of a chat, generation prompt included.
+
+    Args:
+        tokenizer: with a chat template.
+        texts: the messages, the user's and the assistant's in turn.
+    """
+    roles = ("user", "assistant")
+    ids: list[int] = tokenizer.apply_chat_template(
+        [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    return list(ids)
+
+
+def distinct_instructions(tokenizer: Any) -> list[str]:
+    """Short texts that end, and begin, in different tokens, in any vocabulary."""
+    plain = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    some = plain[:: max(1, len(plain) // 8)][:8]
+    words = (tokenizer.decode([token_id]).strip() for token_id in some)
+    return ["A", "7", "…", *(word for word in words if word)]
+
+
+def instruction_suffix(
+    template: Callable[[str], Sequence[int]], instructions: Sequence[str]
+) -> list[int]:
+    """Return the token ids that follow every instruction in a chat template.
+
+    Args:
+        template: from a user message to token ids, generation prompt included.
+        instructions: user messages of which at least two are different tokens.
+
+    Raises:
+        UnsupportedModelError: nothing follows the instruction, or the instructions are all the same
+            to this tokenizer.
+    """
+    samples = [template(text) for text in instructions]
+    if len({tuple(sample) for sample in samples}) < 2:
+        raise UnsupportedModelError(
+            "the chat template gives the same tokens for every instruction, so where an instruction"
+            " ends cannot be told; is this the model's own tokenizer?"
+        )
+    suffix = common_start([sample[::-1] for sample in samples])[::-1]
+    if not suffix:
+        raise UnsupportedModelError(
+            "the chat template puts nothing after the instruction, so there is no post-instruction"
+            " token to read a refusal direction at"
+        )
+    return suffix
+
+
+def message_opening(tokenizer: Any, instructions: Sequence[str]) -> list[int]:
+    """Return the token ids that a chat template puts right before every user message.
+
+    They are what the beginning of a chat and that of its second turn end with alike, so that a
+    message can be found behind any system prompt and any history.
+
+    Args:
+        tokenizer: with a chat template.
+        instructions: user messages of which at least two are different tokens.
+
+    Returns:
+        Nothing where the template takes no second turn or shares nothing with it.
+    """
+    first = common_start([chat_ids(tokenizer, [text]) for text in instructions])
+    try:
+        later = common_start([chat_ids(tokenizer, ["A", "B", text]) for text in instructions])
+    except Exception as err:
+        if type(err).__module__.split(".")[0] != "jinja2":  # which guard does not import
+            raise
+        return []
+    return common_start([first[::-1], later[::-1]])[::-1]
+
+
+def common_start(samples: Sequence[Sequence[int]]) -> list[int]:
+    """Return the longest beginning that all of them share."""
+    shared: list[int] = []
+    for tokens in zip(*samples, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        shared.append(tokens[0])
+    return shared
