@@ -125,10 +125,8 @@ def category_subspaces(
             space = Subspace(basis, basis @ refusing[layer], basis @ complying[layer])
             move = (space.refusing - space.complying) @ basis
             share = float(move.norm() / norms[layer].clamp_min(1e-12))
-            found += [
-                Candidate(layer, -1, move, share, f"subspace_{k}_affine", space),
-                Candidate(layer, -1, move, share, f"subspace_{k}_additive"),
-            ]
+            found.append(Candidate(layer, -1, move, share, f"subspace_{k}_affine", space))
+            found.append(Candidate(layer, -1, move, share, f"subspace_{k}_additive"))
     return found
 
 
