@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from guard.artifact import CarrierArtifact, CarrierSpec, GateSpec, Manifest
+from guard.artifact import CarrierArtifact, CarrierSpec, GateSpec, Manifest, MessageRead
 from guard.errors import GuardError
-from guard.gate import Zone
+from guard.gate import Zone, message_positions
 from guard.identity import model_identity
 from guard.policy import Policy
+from guard.reading import gate_scores
 from guard.session import GuardSession
-from guard.shadow import ShadowModel
+from guard.shadow import BaseStep, ShadowModel
 from guard.steering import Carrier
 from serve.engine import GenerationRequest, SamplingOptions, TokenStep
 from serve.guarded_batch import GuardedBatch, Observers, Row, left_pad
@@ -31,8 +32,8 @@ from serve.transformers_engine import TransformersEngine
 
 pytestmark = pytest.mark.model
 
-SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
-RAISE_LAYER, LOWER_LAYER, GATE_LAYER = 21, 20, 12
+OPENING, SUFFIX = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+RAISE_LAYER, LOWER_LAYER, GATE_LAYER, MESSAGE_LAYER = 21, 20, 12, 10
 TEMPERATURES = (0.0, 0.3, 0.7, 1.2)
 POLICY = Policy(shadow_tokens=16)
 
@@ -85,16 +86,25 @@ def _make_guard(bare: Subject) -> CarrierArtifact:
     # Before the first forward pass, in which transformers unpacks some quantised weights.
     identity = model_identity(bare.model, bare.tokenizer, "embedded")
     suffix = bare.tokenizer(SUFFIX, add_special_tokens=False)["input_ids"]
-    read = {name: _hidden(bare, _texts(name, 16)) for name in ("harmful", "ordinary_benign")}
+    opening = bare.tokenizer(OPENING, add_special_tokens=False)["input_ids"]
+    read = {name: _read(bare, _texts(name, 16)) for name in ("harmful", "ordinary_benign")}
 
     def difference(layer: int, position: int) -> Tensor:
-        means = [read[name][layer][:, position].mean(0) for name in ("harmful", "ordinary_benign")]
+        means = [step.resid_pre[layer][:, position].float().mean(0) for _, step in read.values()]
         return means[0] - means[1]
 
+    def message(name: str) -> Tensor:
+        """(n_prompts, d_model): the mean over each message."""
+        prompts, step = read[name]
+        means = []
+        for row, ids in enumerate(prompts):
+            places = message_positions(ids, suffix, opening, 64)
+            hidden = step.resid_pre[MESSAGE_LAYER][row, [p - len(ids) for p in places]]
+            means.append(hidden.float().mean(0))
+        return torch.stack(means)
+
     probe = difference(GATE_LAYER, -1 - len(suffix))
-    probe = probe / probe.norm()
-    scores = torch.cat([read[n][GATE_LAYER][:, -1 - len(suffix)] @ probe for n in read])
-    low, high = scores.quantile(torch.tensor([0.33, 0.67])).tolist()
+    second = message("harmful").mean(0) - message("ordinary_benign").mean(0)
 
     def spec(layer: int) -> CarrierSpec:
         return CarrierSpec(
@@ -114,8 +124,11 @@ def _make_guard(bare: Subject) -> CarrierArtifact:
             layer=GATE_LAYER,
             bias=0.0,
             instruction_suffix_ids=suffix,
-            raise_above=high,
-            lower_below=low,
+            message=MessageRead(
+                layer=MESSAGE_LAYER, suffix_ids=suffix, opening_ids=opening, width=64
+            ),
+            raise_above=0.0,
+            lower_below=0.0,
             raise_if_refusal_below=2.0,
             lower_if_refusal_above=-1.0,
             alpha=0.1,
@@ -123,23 +136,30 @@ def _make_guard(bare: Subject) -> CarrierArtifact:
             n_by_stratum={},
         ),
     )
-    opening = bare.tokenizer("I", add_special_tokens=False)["input_ids"]
-    return CarrierArtifact(
+    first = bare.tokenizer("I", add_special_tokens=False)["input_ids"]
+    guard = CarrierArtifact(
         manifest,
         raise_carrier=Carrier.additive(RAISE_LAYER, difference(RAISE_LAYER, -1)),
         lower_carrier=Carrier.additive(LOWER_LAYER, -difference(LOWER_LAYER, -1)),
-        probe_weight=probe,
-        refusal_token_ids=torch.tensor(opening),
-        refusal_token_weights=torch.ones(len(opening)),
+        probe_weight=probe / probe.norm(),
+        refusal_token_ids=torch.tensor(first),
+        refusal_token_weights=torch.ones(len(first)),
+        message_weight=second / second.norm(),
     )
+    scores = [s for prompts, step in read.values() for s in gate_scores(guard, step, prompts)]
+    low, high = torch.tensor(scores).quantile(torch.tensor([0.33, 0.67])).tolist()
+    limits = {"raise_above": high, "lower_below": low}
+    gate = manifest.gate.model_copy(update=limits)
+    return replace(guard, manifest=manifest.model_copy(update={"gate": gate}))
 
 
-def _hidden(bare: Subject, texts: Sequence[str]) -> dict[int, Tensor]:
-    """Layer → (n_prompts, 8, d_model) float32, the residual stream of the last eight tokens."""
-    layers = (GATE_LAYER, LOWER_LAYER, RAISE_LAYER)
-    ids, mask = left_pad([bare.ids(text) for text in texts], torch.device("cpu"))
-    step = ShadowModel(bare.model).base(ids, mask, DynamicCache(config=bare.model.config), layers)
-    return {layer: step.resid_pre[layer][:, -8:].float() for layer in layers}
+def _read(bare: Subject, texts: Sequence[str]) -> tuple[list[tuple[int, ...]], BaseStep]:
+    """Prompts, and a base pass over them that keeps what the guard is made of."""
+    prompts = [bare.ids(text) for text in texts]
+    layers = (MESSAGE_LAYER, GATE_LAYER, LOWER_LAYER, RAISE_LAYER)
+    ids, mask = left_pad(prompts, torch.device("cpu"))
+    cache = DynamicCache(config=bare.model.config)
+    return prompts, ShadowModel(bare.model).base(ids, mask, cache, layers)
 
 
 # ------------------------------------------------------------------ running
