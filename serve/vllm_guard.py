@@ -443,9 +443,11 @@ class StepGuard:
         """(len(rows),) scores on the device: each probe's mean over its tokens, added up."""
         found = [gate_places(self.artifact, runner.prompt_ids(row.request_id)) for row in rows]
         total = torch.zeros(len(rows), device=self._device)
+        gate = self.artifact.manifest.gate
+        # As wide for every prompt: a sum's rounding must not depend on what else is read with it.
+        widths = [gate.n_pooled, gate.message.width if gate.message else 0]
         for probe, scores in enumerate(self._scores):
-            places = [both[probe] for both in found]
-            width = max(map(len, places))
+            places, width = [both[probe] for both in found], widths[probe]
             padded = [[*p, *p[:1] * (width - len(p))] for p in places]
             shares = [[1.0 / len(p)] * len(p) + [0.0] * (width - len(p)) for p in places]
             slots = runner.slots_of([r.row for r in rows for _ in range(width)], [*chain(*padded)])
