@@ -94,8 +94,8 @@ def category_subspaces(
     """Return subspaces spanned by the leading per-category differences, at the last token.
 
     The rows mean(harmful of a category) − mean(harmless) are decomposed by SVD; the first k right
-    singular vectors span the subspace. Each is a candidate twice: as an affine move of the
-    coordinates to the mean of harmful (raise) or harmless (lower) prompts, and additively, as the
+    singular vectors span the subspace. Each is a candidate as an affine move of the coordinates to
+    the mean of harmful (raise) or harmless (lower) prompts; the smallest also additively, as the
     difference in means projected on it.
 
     Args:
@@ -105,7 +105,7 @@ def category_subspaces(
         sizes: values of k.
 
     Returns:
-        Up to 2 · n_layers · len(sizes) candidates; none if there are fewer categories than k.
+        Up to n_layers · (len(sizes) + 1) candidates; none if there are fewer categories than k.
     """
     names = sorted({c for c in categories if categories.count(c) >= _MIN_IN_CATEGORY})
     if len(names) < max(sizes):
@@ -126,7 +126,8 @@ def category_subspaces(
             move = (space.refusing - space.complying) @ basis
             share = float(move.norm() / norms[layer].clamp_min(1e-12))
             found.append(Candidate(layer, -1, move, share, f"subspace_{k}_affine", space))
-            found.append(Candidate(layer, -1, move, share, f"subspace_{k}_additive"))
+            if k == min(sizes):
+                found.append(Candidate(layer, -1, move, share, f"subspace_{k}_additive"))
     return found
 
 

@@ -554,7 +554,8 @@ def choose(
             f"{sign}: {effect.candidate.family}, layer {layer}: shift {effect.shift}"
             f" {'admissible' if admission.admissible else 'not admissible'}"
         )
-        if len(admitted) == _CONFIRMED or len(tried) == _LAYERS_TRIED:
+        enough = _LAYERS_TRIED // 2 if admitted else _LAYERS_TRIED
+        if len(admitted) == _CONFIRMED or len(tried) >= enough:
             break
     if not admitted:
         return None, (
