@@ -63,6 +63,8 @@ def svg(draw: Draw, result: CalibrationResult, name: str) -> str:
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         text = _saved(draw(result), "svg", transparent=True, metadata=nothing).decode()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    # Two colour bars that look the same have the same id, which nothing refers to.
+    text = re.sub(r'(<image [^>]*?) id="[^"]*"', r"\g<1>", text)
     return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
 
 

@@ -89,6 +89,7 @@ _CONFIRMED = 2
 _LAYERS_APART = 2
 _LAYERS_TRIED = 12
 _CONFIRM_SCALES = (1.0, 2.0)
+_MOST_SPENT = 0.9
 _SIGNS: tuple[Sign, ...] = ("raise", "lower")
 _SUBSPACE_SIZES = (2, 4)
 _ALPHAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
@@ -554,7 +555,7 @@ def choose(
             f"{sign}: {effect.candidate.family}, layer {layer}: shift {effect.shift}"
             f" {'admissible' if admission.admissible else 'not admissible'}"
         )
-        enough = _LAYERS_TRIED // 2 if admitted else _LAYERS_TRIED
+        enough = _LAYERS_TRIED // 3 if admitted else _LAYERS_TRIED
         if len(admitted) == _CONFIRMED or len(tried) >= enough:
             break
     if not admitted:
@@ -570,7 +571,11 @@ def choose(
         if (trial := draft.confirm(admission, factor, chosen, sign, prompts, base, progress))
     ]
     if not trials:
-        return None, f"no {sign} candidate changes responses and keeps them coherent"
+        return None, (
+            f"no {sign} candidate is admissible: {len(admitted)} stand apart from chance, but none"
+            " changes responses, keeps them coherent and leaves some of the budget: a model that"
+            " refuses by itself goes on with a refusal once it has begun"
+        )
     # The greatest effect; among those within one prompt of it, the one that spends least.
     most = max(_gain(trial, sign) for trial in trials)
     nearly = [t for t in trials if (most - _gain(t, sign)) * len(prompts) < 1.5]
@@ -641,7 +646,7 @@ class _Draft:
         """Answer prompts with the zone forced and the whole budget.
 
         Returns:
-            The choice; None if responses do not move or come apart.
+            The choice; None if responses do not move, come apart or take the whole budget.
         """
         scale = factor * admission.effect.scale
         trial = Choice(admission.effect, admission, scale, [], {}, torch.empty(0))
@@ -663,7 +668,14 @@ class _Draft:
             f" {rates['kl_nats'].value:.2f} nats"
         )
         added = rates["incoherent_guarded"].value - rates["incoherent_base"].value
-        return trial if _gain(trial, sign) > 0 and added * len(pairs) <= 1.0 else None
+        # A model that refuses by itself goes on with a refusal that has begun, and spending stops.
+        # Gradients can also find what writes a refusal word by word, at the whole budget for every
+        # response, into a model that has none.
+        spent = rates["kl_nats"].value / self.policy.raise_budget_nats
+        refined = admission.effect.candidate.family == "gradient_refined"
+        written = sign == "raise" and refined and spent > _MOST_SPENT
+        useful = _gain(trial, sign) > 0 and added * len(pairs) <= 1.0
+        return trial if useful and not written else None
 
     def artifact(self, chosen: dict[Sign, Choice], certify: bool = False) -> CarrierArtifact:
         """Put a guard together; `certify` opens the lower zone for a confirmation run."""

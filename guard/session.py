@@ -191,7 +191,9 @@ class GuardSession:
         due = self._zone is not None and shadow_due(
             self._zone, position, self._policy.shadow_tokens, self._start
         )
-        return due and (self._lockstep or self._ledger.allowance_nats > 0)
+        # What is left of a used-up budget moves nothing that could be seen: spare the pass.
+        pays = self._ledger.allowance_nats > 0 and not self._ledger.exhausted
+        return due and (self._lockstep or pays)
 
     def charge(self, kl_nats: float, flipped: bool) -> None:
         """Book one shadow pass: its KL, and whether the most likely token changed.

@@ -55,9 +55,11 @@ def test_kl_is_monotone_in_strength(pair: tuple[torch.Tensor, torch.Tensor]) -> 
     base, steered = pair
     budgets = (0.0, 1e-3, 1e-2, 0.1, 0.5, 1.0, 4.0, 16.0)
     mixtures = [mix_within_budget(base, steered, torch.tensor(b)) for b in budgets]
+    # What is sampled from is float32: logits of 10,000 lie 0.001 apart.
+    rounding = 1e-6 + 2e-7 * float(torch.nan_to_num(torch.stack(pair), 0.0, 0.0, 0.0).abs().max())
     for less, more in itertools.pairwise(mixtures):
         assert bool((more.strength >= less.strength * (1 - 1e-2)).all())
-        assert bool((more.kl_nats >= less.kl_nats - 2e-4 * less.kl_nats - 1e-6).all())
+        assert bool((more.kl_nats >= less.kl_nats - 2e-4 * less.kl_nats - rounding).all())
 
 
 def test_the_whole_way_is_taken_when_the_budget_allows() -> None:
