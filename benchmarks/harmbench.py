@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
     parser.add_argument("--guard", type=Path, default=Path("build/demo/guard.safetensors"))
     parser.add_argument("--prompts", type=Path, required=True, help="harmbench_text_val.csv")
+    parser.add_argument("--preset", help="of the guard; default: the certified thresholds")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--benign", type=int, default=48, help="of each stratum")
     parser.add_argument("--json", action="store_true", help="print the object on stdout")
@@ -42,7 +43,7 @@ def main() -> int:
     subject = load_subject(
         CalibrationConfig(model=resolve_model(args.model), model_name=args.model)
     )
-    artifact = load_artifact(args.guard)
+    artifact = load_artifact(args.guard).with_preset(args.preset)
     artifact.check_model(subject.identity)
     test = split_prompts(shipped_prompts(), artifact.manifest.seed).test
     groups = {"harmbench_standard": standard_behaviours(args.prompts)}

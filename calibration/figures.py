@@ -71,6 +71,7 @@ def svg(draw: Draw, result: CalibrationResult, name: str) -> str:
 def candidates(result: CalibrationResult) -> Figure:
     """KL at full strength against the refusal shift at equal KL, a point a candidate."""
     figure, axes = _panels(2)
+    legends = []
     price = result.artifact.manifest.safe_kl_nats
     for axis, sign in zip(axes, _SIGNS, strict=True):
         effects = result.effects[sign]
@@ -94,7 +95,6 @@ def candidates(result: CalibrationResult) -> Figure:
                 group = [e for e in effects if e.candidate.family == family and e.can_spend == able]
                 if not group:
                     continue
-                spend = "" if able else f", cannot spend {price:g} nats"
                 axis.scatter(
                     [max(e.full_kl, 1e-5) for e in group],
                     [e.shift.value for e in group],
@@ -106,8 +106,10 @@ def candidates(result: CalibrationResult) -> Figure:
                     edgecolors=mpl.rcParams["text.color"],
                     linewidths=0.3,
                     alpha=0.9 if able else 0.35,
-                    label=f"{_words(family)}{spend} (n={len(group)})",
+                    label=f"{_words(family)} (n={len(group)})" if able else None,
                 )
+        weak = sum(not e.can_spend for e in effects)
+        axis.plot([], [], "o", ms=3, color=NEUTRAL, label=f"cannot spend it (n={weak}), small")
         figure.colorbar(ScalarMappable(depth, "viridis"), ax=axis, label="layer")
         if choice is not None:
             colour = _COLOURS[sign]
@@ -120,9 +122,19 @@ def candidates(result: CalibrationResult) -> Figure:
         axis.set_xlabel("mean KL on safe prompts at full strength, nats")
         axis.set_ylabel(f"refusal-logit shift at {price:g} nats")
         axis.set_title(f"{sign} refusal")
-        axis.legend(fontsize=7, frameon=False, loc="upper left")
-        low, high = axis.get_ylim()
-        axis.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
+        legends.append(
+            axis.legend(
+                fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.55, -0.16), ncols=2
+            )
+        )
+    # The panels are laid out as if there were no legends, or they become as narrow as those leave
+    # them; then the picture is made large enough for the legends.
+    for legend in legends:
+        legend.set_in_layout(False)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for legend in legends:
+        legend.set_in_layout(True)
     return figure
 
 

@@ -497,12 +497,13 @@ def test_the_html_report_draws_the_frontier_and_names_the_chosen_point(done: Don
 
 
 def test_the_html_report_shows_candidates_of_every_family(done: Done) -> None:
-    first, *others = done.result.effects["raise"]
-    refined = replace(first, candidate=replace(first.candidate, family="gradient_refined"))
-    effects = {**done.result.effects, "raise": [refined, *others]}
+    able = next(e for e in done.result.effects["raise"] if e.can_spend)
+    other = replace(able, candidate=replace(able.candidate, family="subspace_3_affine"))
+    effects = {**done.result.effects, "raise": [other, *done.result.effects["raise"]]}
     text = Page(html_page(replace(done.result, effects=effects))).text
-    assert re.search(r"gradient refined[^(\n]*\(n=1\)", text)
-    assert re.search(r"difference in means[^(\n]*\(n=\d+\)", text)
+    assert "subspace 3 affine (n=1)" in text
+    assert re.search(r"gradient refined \(n=\d+\)", text)
+    assert re.search(r"difference in means \(n=\d+\)", text)
 
 
 def test_the_responses_to_read_begin_with_changed_verdicts_of_all_groups(done: Done) -> None:
