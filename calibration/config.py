@@ -101,7 +101,7 @@ class CalibrationConfig(BaseModel):
         default=48, ge=0, description="Held-out prompts answered with and without the guard."
     )
     policy_prompts: int = Field(
-        default=48,
+        default=40,
         ge=0,
         description="Prompts of each kind on which policies are compared; 0: no presets.",
     )

@@ -289,7 +289,7 @@ def calibrate_subject(
 
     # Who is flagged?
     progress.stage("fit gate", None)
-    middle = range(max(1, n_layers // 4), max(2, (3 * n_layers) // 4 + 1), max(1, n_layers // 12))
+    middle = range(max(1, n_layers // 4), max(2, (3 * n_layers) // 4 + 1), max(1, n_layers // 8))
     window = template_window(n_suffix - subject.n_opening)
     probe = fit_probe(
         captured["train"],
