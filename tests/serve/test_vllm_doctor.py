@@ -41,7 +41,7 @@ def test_it_shows_what_is_armed_and_proves_it_with_two_requests(
     assert [check for check in checks.values() if not check["ok"]] == []
     assert code == 0
     armed = checks["rank 0 armed"]["detail"]
-    assert "mode enforce, V1 runner, reads layers 12, 20, 21" in armed
+    assert "mode enforce, V1 runner, reads layers 10, 12, 20, 21" in armed
     assert {"shadow pass, raise carrier", "shadow pass, lower carrier"} <= set(checks)
     assert " of 4 nats" in checks["a raised request"]["detail"]
     assert checks["a passed request"]["detail"] == "0 nats, 0 shadow passes"
