@@ -94,7 +94,7 @@ def main() -> int:
     (FOLDER / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (FOLDER / "metrics.txt").write_text(metrics)
     print(f"every response inside its budget: {bounded}; metrics agree: {metrics_ok}")
-    print(f"report {REPORT / 'report.md'}, metrics {FOLDER / 'metrics.txt'}")
+    print(f"report {REPORT / 'report.html'}, metrics {FOLDER / 'metrics.txt'}")
     return 0 if bounded and metrics_ok else 1
 
 
