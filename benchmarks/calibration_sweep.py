@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from calibration.causal import RefusalTokens
+from calibration.choose import make_bench
 from calibration.config import CalibrationConfig
 from calibration.directions import Candidate, random_directions
-from calibration.pipeline import make_bench
 from calibration.prompts import shipped_prompts, split_prompts
 from calibration.transformers_subject import TransformersSubject, load_subject
 from cli.models import resolve_model

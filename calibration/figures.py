@@ -22,8 +22,9 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from sklearn.metrics import roc_curve
 
 from calibration.causal import Effect, Sign
+from calibration.choose import Choice
 from calibration.frontier import FrontierPoint
-from calibration.pipeline import CalibrationResult, Choice
+from calibration.pipeline import CalibrationResult
 from guard.artifact import Interval
 
 __all__ = [

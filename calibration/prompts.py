@@ -32,6 +32,7 @@ __all__ = [
     "load_prompts",
     "shipped_prompts",
     "split_prompts",
+    "spread",
 ]
 
 Label = Literal["harmful", "benign"]
@@ -410,3 +411,10 @@ def _one_of(
 def _shown(text: str) -> str:
     """The beginning of a text, safe to print."""
     return ascii(text if len(text) <= 60 else text[:60] + "...")
+
+
+def spread(pool: Sequence[Prompt], label: str, stratum: str | None, most: int) -> list[Prompt]:
+    """At most so many prompts of a kind, from all over the pool: files are sorted by category."""
+    kind = [p for p in pool if p.label == label and stratum in (None, p.stratum)]
+    n = min(most, len(kind))
+    return [kind[i * len(kind) // n] for i in range(n)]

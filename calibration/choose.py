@@ -1,0 +1,439 @@
+"""Which candidate becomes the carrier: effect at equal KL, controls, generated responses.
+
+    candidates ─► sweep ─► refined ─► choose: admit against random controls ─► confirm
+                  effect   by         (interval above every control's)         answers change,
+                  at       gradient                                            stay coherent, and
+                  equal KL                                                     leave some budget
+
+Once for raising, once for lowering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from calibration.causal import (
+    Admission,
+    Bench,
+    Effect,
+    RefusalTokens,
+    Sign,
+    admit,
+    dose_response,
+    measure,
+)
+from calibration.config import CalibrationConfig
+from calibration.directions import Candidate
+from calibration.evaluate import Answered, answer_pairs, compare, read_gate
+from calibration.gate_fit import (
+    Probe,
+    ThresholdFit,
+)
+from calibration.progress import Progress
+from calibration.prompts import (
+    Prompt,
+    Splits,
+    datasets_sha256,
+    spread,
+)
+from calibration.refine import RefineSettings, refine, teach
+from calibration.subject import GradientSubject, Subject
+from guard.artifact import (
+    CarrierArtifact,
+    CarrierSpec,
+    GateSpec,
+    Interval,
+    Manifest,
+    MessageRead,
+)
+from guard.gate import GateReading, Zone, refusal_probability
+from guard.policy import Policy
+
+__all__ = ["SIGNS", "Choice", "Draft", "choose", "make_bench", "refined", "sweep"]
+
+SIGNS: tuple[Sign, ...] = ("raise", "lower")
+_SAFE_ROWS = 32
+_TARGET_ROWS = 24
+_MIN_TARGETS = 8
+_RAISE_IF_REFUSAL_BELOW = 0.9
+_LOWER_IF_REFUSAL_ABOVE = 0.1
+_CONFIRMED = 2
+_LAYERS_APART = 2
+_LAYERS_TRIED = 12
+_CONFIRM_SCALES = (1.0, 2.0)
+_MOST_SPENT = 0.9
+_DOSES = torch.tensor([0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The carrier chosen for one direction of steering.
+
+    Attributes:
+        effect: at equal KL, on validation prompts.
+        admission: against random controls.
+        scale: factor on the direction in the guard.
+        confirmed: validation prompts answered with it, zone forced, full budget.
+        rates: of `confirmed`.
+        doses: (n_doses, 3): safe KL, target KL, target refusal probability.
+    """
+
+    effect: Effect
+    admission: Admission
+    scale: float
+    confirmed: list[Answered]
+    rates: dict[str, Interval]
+    doses: Tensor
+
+
+def make_bench(
+    subject: Subject, splits: Splits, tokens: RefusalTokens, config: CalibrationConfig
+) -> Bench:
+    """Run the validation prompts once and pick those on which candidates are compared."""
+    pool = splits.validation
+    safe = [p for s in ("ordinary", "hard") for p in spread(pool, "benign", s, _SAFE_ROWS // 2)]
+    harmful = spread(pool, "harmful", None, 3 * _TARGET_ROWS)
+    refused = spread(pool, "benign", "hard", 3 * _TARGET_ROWS)
+    asked = list(dict.fromkeys([*safe, *harmful, *refused]))
+    row = {prompt: i for i, prompt in enumerate(asked)}
+    n_layers = subject.identity.n_layers
+    step = subject.prefill([subject.encode(p.text) for p in asked], range(n_layers))
+    # Only the last token is steered; the rest of the hidden states can go.
+    step = replace(step, resid_pre={k: v[:, -1:].clone() for k, v in step.resid_pre.items()})
+    refusal = refusal_probability(step.logits.cpu(), tokens.ids, tokens.weights)
+
+    def undecided(rows: list[int], moved: Callable[[float], bool]) -> list[int]:
+        """Rows that serving would steer; where those are too few, the nearest to them."""
+        n_steered = sum(moved(float(refusal[i])) for i in rows)
+        return rows[: min(max(n_steered, _MIN_TARGETS), _TARGET_ROWS)]
+
+    answering = sorted((row[p] for p in harmful), key=lambda i: float(refusal[i]))
+    refusing = sorted((row[p] for p in refused), key=lambda i: -float(refusal[i]))
+    return Bench(
+        step,
+        [p.text for p in asked],
+        [row[p] for p in safe],
+        {
+            "raise": undecided(answering, lambda p: p < _RAISE_IF_REFUSAL_BELOW),
+            "lower": undecided(refusing, lambda p: p > _LOWER_IF_REFUSAL_ABOVE),
+        },
+        tokens.to(step.logits.device),
+        config.safe_kl_nats,
+        config.seed,
+    )
+
+
+def sweep(
+    subject: Subject,
+    bench: Bench,
+    candidates: Sequence[Candidate],
+    sign: Sign,
+    progress: Progress,
+) -> list[Effect]:
+    """Measure every candidate, layer by layer."""
+    effects: list[Effect] = []
+    for layer in sorted({c.layer for c in candidates}):
+        group = [c for c in candidates if c.layer == layer]
+        effects += measure(subject, bench, group, sign)
+        progress.advance(len(group))
+    return effects
+
+
+def refined(
+    subject: GradientSubject,
+    bench: Bench,
+    effects: Sequence[Effect],
+    heard: Sequence[Prompt],
+    responses: Sequence[list[int]],
+    tokens: RefusalTokens,
+    sign: Sign,
+    config: CalibrationConfig,
+    progress: Progress,
+) -> list[Effect]:
+    """Refine the best directions by gradient, and measure what comes out on validation prompts."""
+    starts: list[Candidate] = []
+    for effect in sorted((e for e in effects if e.can_spend), key=lambda e: -e.shift_per_nat):
+        candidate = effect.candidate
+        near = any(abs(candidate.layer - s.layer) < _LAYERS_APART for s in starts)
+        if not near and len(starts) < config.refine_layers:
+            starts.append(candidate)
+    layers = sorted({start.layer for start in starts})
+    lessons = teach(subject, heard, responses, tokens, sign, layers) if starts else None
+    if lessons is None:
+        return []
+    settings = RefineSettings(steps=config.refine_steps)
+    found: list[Effect] = []
+    for start in starts:
+        for seed in range(config.refine_seeds):
+            stages = list(refine(subject, lessons, start, sign, settings, config.seed + seed))
+            measured = measure(subject, bench, stages, sign)
+            best = max(measured, key=lambda e: e.shift_per_nat)
+            found.append(best)
+            progress.note(f"{sign}: refined layer {start.layer}: shift {best.shift}")
+            progress.advance(1)
+    return found
+
+
+def choose(
+    draft: Draft,
+    bench: Bench,
+    effects: Sequence[Effect],
+    sign: Sign,
+    chosen: dict[Sign, Choice],
+    progress: Progress,
+) -> tuple[Choice | None, str]:
+    """Take candidates by shift per nat until some are admissible; confirm those by generation.
+
+    Returns:
+        The choice, or None and the reason.
+    """
+    able = sorted((e for e in effects if e.can_spend), key=lambda e: -e.shift_per_nat)
+    if not able:
+        return None, f"no {sign} candidate can spend {bench.safe_kl_nats} nats on safe prompts"
+    # Controls belong to a layer: where the best of a family does not beat them, the others do not.
+    best_of = {_kind(effect.candidate): effect for effect in reversed(able)}
+    tried: list[Admission] = []
+    admitted: list[Admission] = []
+    for effect in sorted(best_of.values(), key=lambda e: -e.shift_per_nat):
+        layer = effect.candidate.layer
+        if any(_alike(effect.candidate, a.effect.candidate) for a in admitted):
+            continue  # neighbours carry nearly the same direction
+        admission = admit(draft.subject, bench, effect, draft.config.n_controls)
+        tried.append(admission)
+        if admission.admissible:
+            admitted.append(admission)
+        progress.note(
+            f"{sign}: {effect.candidate.family}, layer {layer}: shift {effect.shift}"
+            f" {'admissible' if admission.admissible else 'not admissible'}"
+        )
+        enough = _LAYERS_TRIED // 3 if admitted else _LAYERS_TRIED
+        if len(admitted) == _CONFIRMED or len(tried) >= enough:
+            break
+    if not admitted:
+        return None, (
+            f"no {sign} candidate is admissible: tried the best of each of the {len(tried)} best"
+            f" layers and families; the first {tried[0].why_not}"
+        )
+    prompts, base = draft.targets(bench, sign)
+    trials = [
+        trial
+        for admission in admitted
+        for factor in _CONFIRM_SCALES
+        if (trial := draft.confirm(admission, factor, chosen, sign, prompts, base, progress))
+    ]
+    if not trials:
+        return None, (
+            f"no {sign} candidate is admissible: {len(admitted)} stand apart from chance, but none"
+            " changes responses, keeps them coherent and leaves some of the budget: a model that"
+            " refuses by itself goes on with a refusal once it has begun"
+        )
+    # The greatest effect; among those within one prompt of it, the one that spends least.
+    most = max(_gain(trial, sign) for trial in trials)
+    nearly = [t for t in trials if (most - _gain(t, sign)) * len(prompts) < 1.5]
+    best = min(nearly, key=lambda t: t.rates["kl_nats"].value)
+    candidate = best.effect.candidate
+    curve = dose_response(draft.subject, bench, candidate, sign, best.scale, _DOSES)
+    return replace(best, doses=torch.stack([_DOSES, *curve], 1)), ""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a guard is put together from."""
+
+    subject: Subject
+    config: CalibrationConfig
+    splits: Splits
+    tokens: RefusalTokens
+    openings: list[str]
+    probe: Probe
+    thresholds: ThresholdFit
+
+    @property
+    def policy(self) -> Policy:
+        """Default policy at the budgets of the config."""
+        config = self.config
+        return Policy(
+            raise_budget_nats=config.raise_budget_nats,
+            lower_budget_nats=config.lower_budget_nats,
+            token_cap_nats=max(config.raise_budget_nats, config.lower_budget_nats),
+        )
+
+    def targets(self, bench: Bench, sign: Sign) -> tuple[list[str], list[str]]:
+        """The prompts on which candidates were compared, and the base model's responses."""
+        prompts = [bench.prompts[row] for row in bench.targets[sign]]
+        return prompts, self.base(prompts)
+
+    def base(self, prompts: Sequence[str]) -> list[str]:
+        """The base model's own responses, of `confirm_tokens` tokens."""
+        return [
+            self.subject.decode(response)
+            for encoded in self._batches(prompts)
+            for response in self.subject.respond(encoded, self.config.confirm_tokens)
+        ]
+
+    def readings(self, artifact: CarrierArtifact, prompts: Sequence[str]) -> list[GateReading]:
+        """What the gate reads."""
+        return [
+            reading
+            for encoded in self._batches(prompts)
+            for reading in read_gate(self.subject, artifact, encoded)
+        ]
+
+    def _batches(self, prompts: Sequence[str]) -> Iterator[list[list[int]]]:
+        size = self.config.batch_size
+        for start in range(0, len(prompts), size):
+            yield [self.subject.encode(text) for text in prompts[start : start + size]]
+
+    def confirm(
+        self,
+        admission: Admission,
+        factor: float,
+        chosen: dict[Sign, Choice],
+        sign: Sign,
+        prompts: list[str],
+        base: list[str],
+        progress: Progress,
+    ) -> Choice | None:
+        """Answer prompts with the zone forced and the whole budget.
+
+        Returns:
+            The choice; None if responses do not move, come apart or take the whole budget.
+        """
+        scale = factor * admission.effect.scale
+        trial = Choice(admission.effect, admission, scale, [], {}, torch.empty(0))
+        pairs = answer_pairs(
+            self.subject,
+            self.artifact({**chosen, sign: trial}, certify=True),
+            self.policy,
+            prompts,
+            self.config.confirm_tokens,
+            self.config.batch_size,
+            Zone.RAISE if sign == "raise" else Zone.LOWER,
+            base,
+        )
+        rates = compare(pairs, self.config.seed)
+        trial = replace(trial, confirmed=pairs, rates=rates)
+        progress.note(
+            f"{sign}: layer {admission.effect.candidate.layer} × {scale:g}: refused"
+            f" {rates['refused_base'].value:.2f} → {rates['refused_guarded'].value:.2f},"
+            f" {rates['kl_nats'].value:.2f} nats"
+        )
+        added = rates["incoherent_guarded"].value - rates["incoherent_base"].value
+        # A model that refuses by itself goes on with a refusal that has begun, and spending stops.
+        # Gradients can also find what writes a refusal word by word, at the whole budget for every
+        # response, into a model that has none.
+        spent = rates["kl_nats"].value / self.policy.raise_budget_nats
+        refined = admission.effect.candidate.family == "gradient_refined"
+        written = sign == "raise" and refined and spent > _MOST_SPENT
+        useful = _gain(trial, sign) > 0 and added * len(pairs) <= 1.0
+        return trial if useful and not written else None
+
+    def artifact(self, chosen: dict[Sign, Choice], certify: bool = False) -> CarrierArtifact:
+        """Put a guard together; `certify` opens the lower zone for a confirmation run."""
+        config, fit = self.config, self.thresholds
+        lower_below = fit.lower_below
+        if certify and lower_below is None:
+            lower_below = fit.raise_above
+        message, suffix_ids = self.probe.message, self.subject.suffix_ids
+        suffix_ids = suffix_ids[: len(suffix_ids) - self.subject.n_opening]
+        gate = GateSpec(
+            layer=self.probe.template.layer,
+            bias=self.probe.bias,
+            # What serving finds in prompts: the template's tokens, without the answer's opening.
+            instruction_suffix_ids=suffix_ids[self.probe.template.window[-1] - 1 :],
+            n_pooled=len(self.probe.template.window),
+            message=MessageRead(
+                layer=message.layer,
+                suffix_ids=suffix_ids,
+                opening_ids=self.subject.message_opening_ids,
+                width=self.subject.message_width,
+            )
+            if message
+            else None,
+            raise_above=fit.raise_above,
+            lower_below=lower_below,
+            raise_if_refusal_below=_RAISE_IF_REFUSAL_BELOW,
+            lower_if_refusal_above=_LOWER_IF_REFUSAL_ABOVE,
+            alpha=config.alpha,
+            delta=config.delta,
+            n_by_stratum=fit.n_by_stratum,
+        )
+        raising, lowering = chosen["raise"], chosen.get("lower")
+        manifest = Manifest(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            model=self.subject.identity,
+            seed=config.seed,
+            safe_kl_nats=config.safe_kl_nats,
+            datasets={
+                name: datasets_sha256(getattr(self.splits, name))
+                for name in ("train", "validation", "calibration", "test")
+            },
+            libraries={name: version(name) for name in ("torch", "transformers", "scikit-learn")},
+            raise_carrier=_spec(raising),
+            lower_carrier=_spec(lowering) if lowering else None,
+            gate=gate,
+            refusal_examples=self.openings,
+            controls=_controls(chosen),
+        )
+        return CarrierArtifact(
+            manifest,
+            raising.effect.candidate.carrier(raising.scale),
+            lowering.effect.candidate.carrier(-lowering.scale) if lowering else None,
+            self.probe.template.weight,
+            self.tokens.ids,
+            self.tokens.weights,
+            message_weight=message.weight if message else None,
+        )
+
+
+def _spec(choice: Choice) -> CarrierSpec:
+    effect = choice.effect
+    candidate = effect.candidate
+    return CarrierSpec(
+        layer=candidate.layer,
+        kind=candidate.carrier().kind,
+        family=candidate.family,
+        position=candidate.position,
+        norm_share=candidate.norm_share * choice.scale,
+        measurements={
+            "safe_kl_nats": effect.safe_kl,
+            "refusal_logit_shift": effect.shift,
+            **{f"validation_{name}": value for name, value in choice.rates.items()},
+        },
+    )
+
+
+def _controls(chosen: dict[Sign, Choice]) -> dict[str, Interval]:
+    """The best random control of each kind: what the carrier had to beat."""
+    found: dict[str, Interval] = {}
+    for sign, choice in chosen.items():
+        admission = choice.admission
+        if admission.at_kl:
+            found[f"{sign}_best_at_equal_kl"] = max(
+                (c.shift for c in admission.at_kl), key=lambda shift: shift.value
+            )
+            found[f"{sign}_best_at_equal_norm"] = max(
+                (c.full_shift for c in admission.at_norm), key=lambda shift: shift.value
+            )
+    return found
+
+
+def _kind(candidate: Candidate) -> tuple[int, str]:
+    """Layer and family, all subspaces being one family."""
+    return candidate.layer, candidate.family.split("_")[0]
+
+
+def _alike(one: Candidate, other: Candidate) -> bool:
+    (layer, family), (other_layer, other_family) = _kind(one), _kind(other)
+    return family == other_family and abs(layer - other_layer) < _LAYERS_APART
+
+
+def _gain(choice: Choice, sign: Sign) -> float:
+    difference = choice.rates["refused_difference"].value
+    return difference if sign == "raise" else -difference
