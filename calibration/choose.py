@@ -212,7 +212,7 @@ def choose(
             f"{sign}: {effect.candidate.family}, layer {layer}: shift {effect.shift}"
             f" {'admissible' if admission.admissible else 'not admissible'}"
         )
-        enough = _LAYERS_TRIED // 3 if admitted else _LAYERS_TRIED
+        enough = _LAYERS_TRIED // 4 if admitted else _LAYERS_TRIED
         if len(admitted) == _CONFIRMED or len(tried) >= enough:
             break
     if not admitted:

@@ -78,7 +78,7 @@ class CalibrationConfig(BaseModel):
         " template's tokens behind it alone, as over an endpoint.",
     )
     refine_steps: int = Field(
-        default=40,
+        default=32,
         ge=0,
         description="Gradient steps by which directions are refined; 0 for none.",
     )
@@ -101,7 +101,7 @@ class CalibrationConfig(BaseModel):
         default=48, ge=0, description="Held-out prompts answered with and without the guard."
     )
     policy_prompts: int = Field(
-        default=40,
+        default=32,
         ge=0,
         description="Prompts of each kind on which policies are compared; 0: no presets.",
     )

@@ -168,7 +168,7 @@ def calibrate(
     ] = None,
     policy_prompts: Annotated[
         int, typer.Option(help="Prompts of each kind on which policies are compared; 0: none.")
-    ] = 40,
+    ] = 32,
     answer_opening: Annotated[
         str,
         typer.Option(
