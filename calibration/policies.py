@@ -19,6 +19,7 @@ from calibration.frontier import FrontierPoint
 from calibration.statistics import mean_interval, share_interval
 from guard.artifact import Interval, Preset
 from guard.gate import GateReading, Thresholds, Zone, choose_zone
+from guard.policy import Policy
 from guard.refusal import Verdict
 
 __all__ = ["Outcome", "Setting", "compile_policies", "needed", "tabulate"]
@@ -169,7 +170,7 @@ def compile_policies(
             f"α {s.alpha:g}",
             s.raise_budget_nats,
             s.lower_budget_nats,
-            16,
+            Policy().shadow_tokens,
             r["harmful_refused"],
             r["hard_benign_refused"],
             r["ordinary_refused"],

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -23,7 +24,6 @@ from guard.template import (
     common_start,
     distinct_instructions,
     instruction_suffix,
-    message_opening,
 )
 
 __all__ = ["TransformersSubject", "load_subject"]
@@ -279,3 +279,24 @@ class _Noise:
         for row, generator in zip(waits, self._generators, strict=True):
             row.exponential_(generator=generator)
         return (logits.float() / self._temperature - waits.log()).argmax(-1)
+
+
+def message_opening(tokenizer: Any, instructions: Sequence[str]) -> list[int]:
+    """Return the token ids that a chat template puts right before every user message.
+
+    They are what the beginning of a chat and that of its second turn end with alike, so that a
+    message can be found behind any system prompt and any history.
+
+    Args:
+        tokenizer: with a chat template.
+        instructions: user messages of which at least two are different tokens.
+
+    Returns:
+        Nothing where the template takes no second turn or shares nothing with it.
+    """
+    first = common_start([chat_ids(tokenizer, [text]) for text in instructions])
+    try:
+        later = common_start([chat_ids(tokenizer, ["A", "B", text]) for text in instructions])
+    except jinja2.TemplateError:
+        return []
+    return common_start([first[::-1], later[::-1]])[::-1]

@@ -393,7 +393,10 @@ def test_options_that_do_not_go_together_are_bad_input(
     assert why in capsys.readouterr().err
 
 
-@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+@pytest.mark.skipif(
+    find_spec("vllm") is not None,
+    reason="needs an environment without vLLM, as make test has in .venv",
+)
 def test_a_calibration_inside_vllm_needs_vllm(
     tiny_refuser_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
