@@ -395,7 +395,7 @@ def test_options_that_do_not_go_together_are_bad_input(
 
 @pytest.mark.skipif(
     find_spec("vllm") is not None,
-    reason="needs an environment without vLLM, as make test has in .venv",
+    reason="needs .venv, without vLLM",
 )
 def test_a_calibration_inside_vllm_needs_vllm(
     tiny_refuser_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
