@@ -11,7 +11,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 KERNEL_TESTS := tests/serve/test_vllm_kernels.py
 VLLM_TESTS := $(filter-out $(KERNEL_TESTS),$(wildcard tests/serve/test_vllm_*.py))
 
-.PHONY: setup setup-vllm model prometheus lint type test test-vllm fast demo bench clean
+.PHONY: setup setup-vllm model prometheus lint type test test-vllm fast explore demo bench clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,11 @@ type: setup
 
 fast: setup
 	$(BIN)/python -m pytest -q -m "not model and not vllm and not prometheus"
+
+# The property tests with a thousand fresh examples each; a counterexample belongs in its test.
+explore: setup
+	TRIMTAB_HYPOTHESIS=explore $(BIN)/python -m pytest -q -m "not model and not vllm and not prometheus" \
+		$$(grep -l hypothesis -r tests --include='test_*.py')
 
 # The suite, then what needs real vLLM, each in its own environment; pytest closes both with a line.
 test: setup setup-vllm model prometheus

@@ -338,12 +338,14 @@ def _tilt(base: Tensor, delta: Tensor, dose: float, scratch: Tensor | None = Non
 def _dose_at(base: Tensor, delta: Tensor, nats: float, scratch: Tensor | None = None) -> float:
     """The t in (0, 1] at which the mean KL over the rows is `nats`; it rises with t."""
     low, high, t = 0.0, 1.0, 0.5
-    for _ in range(12):
+    for _ in range(40):
         kl = float(_tilt(base, delta, t, scratch).kl_nats.mean())
         if abs(kl - nats) <= 0.01 * nats:
             break
+        width = high - low
         low, high = (t, high) if kl < nats else (low, t)
-        # KL is nearly quadratic in t: aim with that, stay inside the bracket.
+        # KL is nearly quadratic in t: aim with that, stay inside the bracket. Where it is steep
+        # instead, aims creep along one side; a bracket that was not halved is halved next.
         aim = t * (nats / kl) ** 0.5 if kl > 0 else high
-        t = aim if low < aim < high else 0.5 * (low + high)
+        t = aim if low < aim < high and high - low <= 0.5 * width else 0.5 * (low + high)
     return t

@@ -31,9 +31,11 @@ from tests.tiny_refuser import (
     harmless_prompts,
 )
 
-# A machine that is busy with other work must not fail a test by being slow.
-settings.register_profile("trimtab", deadline=None)
-settings.load_profile("trimtab")
+# A machine that is busy with other work must not fail a test by being slow. The examples are the
+# same in every run, so that one commit gives one answer; `make explore` draws new ones.
+settings.register_profile("trimtab", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+settings.load_profile(os.environ.get("TRIMTAB_HYPOTHESIS", "trimtab"))
 
 SUFFIX_TOKENS = ["<eot>", "<assistant>"]
 
