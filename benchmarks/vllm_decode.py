@@ -241,6 +241,7 @@ def make(shape: Path, tokenizer: Path, work: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from guard.artifact import CarrierArtifact, CarrierSpec, GateSpec, Manifest, save_artifact
+    from guard.probe import linear_probe
     from guard.steering import Carrier
     from serve.vllm_identity import checkpoint_identity
 
@@ -292,7 +293,7 @@ def make(shape: Path, tokenizer: Path, work: Path) -> None:
         ),
         lower_carrier=None,
         gate=GateSpec(
-            layer=gate_layer, bias=-middle, instruction_suffix_ids=SUFFIX, raise_above=0.0,
+            layer=gate_layer, instruction_suffix_ids=SUFFIX, raise_above=0.0,
             lower_below=None, raise_if_refusal_below=0.9, lower_if_refusal_above=0.1,
             alpha=0.05, delta=0.05, n_by_stratum={},
         ),
@@ -301,7 +302,7 @@ def make(shape: Path, tokenizer: Path, work: Path) -> None:
         manifest,
         raise_carrier=Carrier.additive(carrier_layer, direction),
         lower_carrier=None,
-        probe_weight=probe,
+        probe=linear_probe(probe, -middle),
         refusal_token_ids=torch.tensor([40, 19152]),
         refusal_token_weights=torch.ones(2),
     )

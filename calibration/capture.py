@@ -19,6 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from calibration.gate_fit import Labelled, Messages
 from calibration.progress import Progress
 from calibration.prompts import Prompt
 from calibration.subject import Subject
@@ -26,7 +27,7 @@ from guard.artifact import write_atomically
 from guard.errors import InputError
 from guard.gate import message_positions
 
-__all__ = ["WorkFolder", "capture_hidden", "fingerprint", "listen"]
+__all__ = ["WorkFolder", "capture", "fingerprint", "listen"]
 
 _PREFIX = "trimtab-"
 
@@ -86,45 +87,61 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(json.dumps([str(p) for p in parts]).encode()).hexdigest()
 
 
-def capture_hidden(
+def capture(
     subject: Subject,
     prompts: Sequence[Prompt],
-    n_layers: int,
-    n_suffix: int,
+    layers: Sequence[int],
+    message_layers: Sequence[int],
     batch_size: int,
     work: WorkFolder,
     name: str,
     progress: Progress,
-) -> Tensor:
-    """Prefill prompts once and keep resid_pre of every layer.
+) -> Labelled:
+    """Prefill prompts once and keep resid_pre.
 
     Args:
         subject: the model.
         prompts: n prompts.
-        n_layers: decoder layers of the model.
-        n_suffix: how many last (post-instruction) positions to keep; 0 for none.
+        layers: of which the ends of the prompts are kept: the message's last token and all
+            post-instruction tokens.
+        message_layers: of which the last `subject.message_width` tokens of the message are kept;
+            none where that is 0.
         batch_size: prompts a pass.
         work: where finished batches are kept.
         name: of this group of prompts in the work folder.
         progress: told of each finished prompt.
 
     Returns:
-        (n, n_layers, 2 + n_suffix, d_model) in the model's type: the mean over the last
-        `subject.message_width` tokens of the message (at least one), its last token, and the
-        post-instruction tokens.
+        The prompts with hidden states in the model's type.
     """
+    message_layers = message_layers if subject.message_width else ()
     encoded = [subject.encode(p.text) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    hidden: list[Tensor] = []
+    pieces: list[dict[str, Tensor]] = []
     for number, start in enumerate(range(0, len(order), batch_size)):
         rows = order[start : start + batch_size]
-        piece = work.load(f"{name}-{number:04d}", {"hidden"})
-        if piece is None or len(piece["hidden"]) != len(rows):
-            kept = _capture_batch(subject, [encoded[i] for i in rows], n_layers, n_suffix)
-            work.save(f"{name}-{number:04d}", piece := {"hidden": kept})
-        hidden.append(piece["hidden"])
+        piece = work.load(f"{name}-{number:04d}", {"ends", "messages", "lengths"})
+        if piece is None or len(piece["ends"]) != len(rows):
+            piece = _capture_batch(subject, [encoded[i] for i in rows], layers, message_layers)
+            work.save(f"{name}-{number:04d}", piece)
+        pieces.append(piece)
         progress.advance(len(rows))
-    return torch.cat(hidden)[torch.tensor(order).argsort()]
+    back = torch.tensor(order).argsort()
+    ends = torch.cat([piece["ends"] for piece in pieces])[back]
+    if not message_layers:
+        return Labelled(prompts, list(layers), ends)
+    lengths = torch.cat([piece["lengths"] for piece in pieces])
+    # Tokens lie in the order of the batches; each prompt's are moved to its place.
+    starts = (lengths.cumsum(0) - lengths)[back].tolist()
+    lengths = lengths[back]
+    places = torch.cat(
+        [torch.arange(at, at + n) for at, n in zip(starts, lengths.tolist(), strict=True)]
+    )
+    hidden = {
+        layer: torch.cat([piece["messages"][at] for piece in pieces])[places]
+        for at, layer in enumerate(message_layers)
+    }
+    return Labelled(prompts, list(layers), ends, Messages(hidden, lengths))
 
 
 def listen(
@@ -155,22 +172,35 @@ def listen(
 
 
 def _capture_batch(
-    subject: Subject, prompts: list[list[int]], n_layers: int, n_suffix: int
-) -> Tensor:
-    step = subject.prefill(prompts, range(n_layers))
-    pool = torch.zeros(step.input_ids.shape)
-    last = []
-    for row, ids in enumerate(prompts):
-        places = message_positions(
-            ids, subject.suffix_ids, subject.message_opening_ids, max(1, subject.message_width)
-        )
-        pool[row, [place - len(ids) for place in places]] = 1.0 / len(places)
-        last.append(places[-1] - len(ids))
-    rows = torch.arange(len(prompts))
-    kept = []
-    for layer in range(n_layers):
+    subject: Subject,
+    prompts: list[list[int]],
+    layers: Sequence[int],
+    message_layers: Sequence[int],
+) -> dict[str, Tensor]:
+    """Keep `ends` (n, len(layers), 1 + n_suffix, d_model) and `messages` (layers, tokens, d)."""
+    step = subject.prefill(prompts, sorted({*layers, *message_layers}))
+    places = [
+        [
+            place - len(ids)
+            for place in message_positions(
+                ids, subject.suffix_ids, subject.message_opening_ids, max(1, subject.message_width)
+            )
+        ]
+        for ids in prompts
+    ]
+    rows, last = torch.arange(len(prompts)), torch.tensor([p[-1] for p in places])
+    n_suffix = len(subject.suffix_ids)
+    ends = []
+    for layer in layers:
         hidden = step.resid_pre[layer].cpu()
-        mean = torch.bmm(pool.unsqueeze(1), hidden.float().nan_to_num(0.0)).to(hidden.dtype)
-        ends = hidden[:, hidden.shape[1] - n_suffix :]
-        kept.append(torch.cat([mean, hidden[rows, last].unsqueeze(1), ends], 1))
-    return torch.stack(kept, 1)
+        suffix = hidden[:, hidden.shape[1] - n_suffix :]
+        ends.append(torch.cat([hidden[rows, last].unsqueeze(1), suffix], 1))
+    lengths = torch.tensor([len(p) for p in places])
+    owner = torch.arange(len(prompts)).repeat_interleave(lengths)
+    at = torch.tensor([place for p in places for place in p])
+    messages = [step.resid_pre[layer].cpu()[owner, at] for layer in message_layers]
+    return {
+        "ends": torch.stack(ends, 1),
+        "messages": torch.stack(messages) if messages else torch.empty(0),
+        "lengths": lengths,
+    }

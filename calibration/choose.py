@@ -31,10 +31,7 @@ from calibration.causal import (
 from calibration.config import CalibrationConfig
 from calibration.directions import Candidate
 from calibration.evaluate import Answered, answer_pairs, compare, read_gate
-from calibration.gate_fit import (
-    Probe,
-    ThresholdFit,
-)
+from calibration.gate_fit import FittedProbe, ThresholdFit
 from calibration.progress import Progress
 from calibration.prompts import (
     Prompt,
@@ -251,7 +248,7 @@ class Draft:
     splits: Splits
     tokens: RefusalTokens
     openings: list[str]
-    probe: Probe
+    probe: FittedProbe
     thresholds: ThresholdFit
 
     @property
@@ -340,21 +337,22 @@ class Draft:
         lower_below = fit.lower_below
         if certify and lower_below is None:
             lower_below = fit.raise_above
-        message, suffix_ids = self.probe.message, self.subject.suffix_ids
+        fitted, suffix_ids = self.probe, self.subject.suffix_ids
         suffix_ids = suffix_ids[: len(suffix_ids) - self.subject.n_opening]
         gate = GateSpec(
-            layer=self.probe.template.layer,
-            bias=self.probe.bias,
+            layer=fitted.template_layer,
+            n_hidden=0 if fitted.probe.hidden is None else len(fitted.probe.hidden),
             # What serving finds in prompts: the template's tokens, without the answer's opening.
-            instruction_suffix_ids=suffix_ids[self.probe.template.window[-1] - 1 :],
-            n_pooled=len(self.probe.template.window),
+            instruction_suffix_ids=suffix_ids[fitted.window[-1] :],
+            n_pooled=len(fitted.window),
             message=MessageRead(
-                layer=message.layer,
+                layer=fitted.message_layer,
+                n_heads=fitted.probe.n_heads,
                 suffix_ids=suffix_ids,
                 opening_ids=self.subject.message_opening_ids,
                 width=self.subject.message_width,
             )
-            if message
+            if fitted.message_layer is not None
             else None,
             raise_above=fit.raise_above,
             lower_below=lower_below,
@@ -385,10 +383,9 @@ class Draft:
             manifest,
             raising.effect.candidate.carrier(raising.scale),
             lowering.effect.candidate.carrier(-lowering.scale) if lowering else None,
-            self.probe.template.weight,
+            self.probe.probe,
             self.tokens.ids,
             self.tokens.weights,
-            message_weight=message.weight if message else None,
         )
 
 

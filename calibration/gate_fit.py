@@ -1,27 +1,33 @@
-"""Fit the gate: a linear probe for harmfulness and conformal thresholds."""
+"""Fit the gate: an attention probe for harmfulness, and conformal thresholds.
+
+Layers are chosen by ridge regression, which costs a matrix solve each; the probe itself
+(`guard/probe.py`) is trained at these layers by gradient descent, on the device of the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from calibration.prompts import Prompt
 from calibration.statistics import auroc, share_interval
 from guard.artifact import Interval
 from guard.errors import InputError
-from guard.gate import conformal_lower, conformal_upper, probe_score
+from guard.gate import conformal_lower, conformal_upper
+from guard.probe import Probe, pool_message, probe_scores, project
+from guard.reading import padded
 
 __all__ = [
+    "FittedProbe",
+    "Group",
     "Labelled",
-    "Probe",
-    "Read",
+    "Messages",
+    "Scored",
     "ThresholdFit",
     "fit_probe",
     "fit_thresholds",
@@ -29,22 +35,38 @@ __all__ = [
     "template_window",
 ]
 
-_REGULARISATION = (1e-2, 3e-2)
-_MESSAGE = (0,)
+_N_HEADS, _N_VALUES, _N_TEMPLATE, _N_HIDDEN = 4, 8, 16, 32
+_STEPS, _EVERY, _RATE, _DECAY, _DROPOUT = 120, 20, 3e-3, 0.3, 0.3
+_RIDGE = 1.0  # of the trace's mean: AUROC on validation is flat from 0.3 to 3
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Prompts with their hidden states.
+class Messages:
+    """Hidden states of whole messages.
+
+    Attributes:
+        hidden: layer → (n_tokens, d_model) resid_pre, the messages one after another.
+        lengths: n counts of tokens, each at least 1.
+    """
+
+    hidden: dict[int, Tensor]
+    lengths: Tensor
+
+    @property
+    def owner(self) -> Tensor:
+        """(n_tokens,) int64: whose token it is."""
+        return torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts of one split.
 
     Attributes:
         prompts: n prompts.
-        hidden: (n, n_layers, n_positions, d_model) resid_pre: the mean over the message, its last
-            token, the template's tokens behind it.
     """
 
     prompts: Sequence[Prompt]
-    hidden: Tensor
 
     @property
     def harmful(self) -> Tensor:
@@ -59,44 +81,76 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Read:
-    """One place where a probe reads.
+class Scored(Group):
+    """Prompts with their scores under the gate.
 
     Attributes:
-        layer: whose input.
-        window: the positions that are averaged, as in `Labelled`.
-        weight: (d_model,) float32.
+        scores: (n,) logits, higher is more harmful.
     """
 
-    layer: int
-    window: tuple[int, ...]
-    weight: Tensor
-
-    def scores(self, data: Labelled) -> Tensor:
-        """(n,), without bias."""
-        return probe_score(_pooled(data, self.window, self.layer), self.weight, 0.0)
+    scores: Tensor
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A logistic probe on the message and on the template's tokens behind it.
+class Labelled(Group):
+    """Prompts with their hidden states.
 
     Attributes:
-        message: the part that reads the mean over the message; None: it is not read.
-        template: the part that reads what the template puts behind it.
-        bias: added to the scores of both.
+        layers: of which states were kept, rising.
+        hidden: (n, len(layers), n_positions, d_model) resid_pre: the last token of the message, and
+            the template's tokens behind it.
+        messages: every token of the messages, where they were to be had.
+    """
+
+    layers: Sequence[int]
+    hidden: Tensor
+    messages: Messages | None = None
+
+    def template(self, layer: int, window: tuple[int, ...]) -> Tensor:
+        """(n, d_model) float32: the mean of some positions."""
+        return self.hidden[:, self.layers.index(layer), list(window)].float().mean(1)
+
+    def message(self, layer: int) -> Tensor:
+        """(n, d_model) float32: the mean of each message.
+
+        Raises:
+            InputError: these prompts came without their messages.
+        """
+        if self.messages is None:
+            raise InputError("the gate reads messages, and these prompts came without theirs")
+        tokens, owner = self.messages.hidden[layer].float(), self.messages.owner
+        total = tokens.new_zeros(len(self.prompts), tokens.shape[1]).index_add(0, owner, tokens)
+        return total / self.messages.lengths.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class FittedProbe:
+    """The gate's probe and where it reads.
+
+    Attributes:
+        probe: its weights.
+        template_layer: whose input it reads behind the message.
+        window: the positions averaged there, as in `Labelled`.
+        message_layer: whose input it reads of the message; None: it does not.
         validation_auroc: harmful against hard benign, on the validation split.
     """
 
-    message: Read | None
-    template: Read
-    bias: float
+    probe: Probe
+    template_layer: int
+    window: tuple[int, ...]
+    message_layer: int | None
     validation_auroc: float
 
     def scores(self, data: Labelled) -> Tensor:
         """(n,) logits, higher is more harmful."""
-        scores = self.template.scores(data) + self.bias
-        return scores if self.message is None else scores + self.message.scores(data)
+        template = project(data.template(self.template_layer, self.window), self.probe.template)
+        message = None
+        if self.message_layer is not None and self.probe.message is not None:
+            if data.messages is None:
+                raise InputError("the probe reads messages, and these prompts come without theirs")
+            projected = project(data.messages.hidden[self.message_layer], self.probe.message)
+            message = pool_message(*_rectangle(projected, data.messages), self.probe.n_heads)
+        return probe_scores(self.probe, template, message)
 
 
 def fit_probe(
@@ -105,72 +159,265 @@ def fit_probe(
     layers: Sequence[int],
     window: tuple[int, ...],
     seed: int,
-    read_message: bool = True,
-) -> Probe:
-    """Fit probes and keep what tells harmful from hard benign prompts best.
+    device: str = "cpu",
+) -> FittedProbe:
+    """Fit the probe that tells harmful from hard benign prompts best.
 
-    The mean over the message is read at the layer that does best alone; a second layer is then
-    chosen for the template's tokens behind it. The three groups (harmful, ordinary benign, hard
-    benign) weigh the same in training, and a matched pair is always on one side of a split, so
-    style carries as little as the data allows.
+    The message is read at the layer where its mean does best alone, of those that were captured; a
+    second layer is then chosen for the template's tokens behind it. The three groups (harmful,
+    ordinary benign, hard benign) weigh the same in training, and a matched pair is always on one
+    side of a split, so style carries as little as the data allows. Training stops where validation
+    is best, and the logit is then scaled on validation (Platt 1999).
 
     Args:
         train: prompts that the weights are fitted on.
-        validation: prompts that layers and regularisation are chosen on.
-        layers: candidates.
+        validation: prompts that layers, stopping and scale are chosen on.
+        layers: candidates for the template's tokens.
         window: the template's positions, as in `Labelled`.
-        seed: of the solver.
-        read_message: False: the template's tokens alone.
+        seed: of initial weights and dropout.
+        device: a torch device to train on.
 
     Raises:
         InputError: no layers.
     """
     if not layers:
         raise InputError("the probe needs at least one layer")
-
-    def best(window: tuple[int, ...], before: Sequence[tuple[int, tuple[int, ...]]]) -> _Fit:
-        places = ([*before, (layer, window)] for layer in layers)
-        fits = (fit for place in places for fit in _fits(train, validation, place, seed))
-        return max(fits, key=lambda fit: fit.validation_auroc)
-
-    first = [(best(_MESSAGE, []).reads[0].layer, _MESSAGE)] if read_message else []
-    found = best(window, first)
-    message = found.reads[0] if read_message else None
-    return Probe(message, found.reads[-1], found.bias, found.validation_auroc)
+    message_layer = None
+    if train.messages is not None:
+        found = {at: _ridge(train, validation, at, None, window) for at in train.messages.hidden}
+        message_layer = max(found, key=found.__getitem__)
+    layer = max(layers, key=lambda at: _ridge(train, validation, message_layer, at, window))
+    inputs, others = (
+        _Inputs.of(data, layer, window, message_layer, device) for data in (train, validation)
+    )
+    probe = _trained(inputs, others, _balanced(train), train.harmful, validation, seed)
+    scores = FittedProbe(probe, layer, window, message_layer, 0.0).scores(validation)
+    return FittedProbe(
+        _scaled(probe, scores, validation),
+        layer,
+        window,
+        message_layer,
+        _separates(scores, validation),
+    )
 
 
 @dataclass(frozen=True)
-class _Fit:
-    """A probe on any number of places."""
+class _Inputs:
+    """What the probe reads of some prompts, on the device that it is trained on.
 
-    reads: list[Read]
-    bias: float
-    validation_auroc: float
+    Attributes:
+        template: (n, d_model) mean over the window.
+        message: (n_tokens, d_model), or None.
+        owner: (n_tokens,) int64.
+    """
+
+    template: Tensor
+    message: Tensor | None
+    owner: Tensor
+
+    @staticmethod
+    def of(
+        data: Labelled,
+        layer: int,
+        window: tuple[int, ...],
+        message_layer: int | None,
+        device: str,
+    ) -> _Inputs:
+        template = data.template(layer, window).to(device)
+        if message_layer is None or data.messages is None:
+            return _Inputs(template, None, torch.zeros(0, dtype=torch.int64, device=device))
+        message = data.messages.hidden[message_layer].to(device).float()
+        return _Inputs(template, message, data.messages.owner.to(device))
+
+    def standard(
+        self, template_scale: tuple[Tensor, Tensor], message_scale: tuple[Tensor, Tensor] | None
+    ) -> _Inputs:
+        """The same, each coordinate less its mean and over its spread."""
+        message = self.message
+        if message is not None and message_scale is not None:
+            message = _standard(message, message_scale)
+        return _Inputs(_standard(self.template, template_scale), message, self.owner)
 
 
-def _fits(
+class _Net(torch.nn.Module):
+    """The probe of `guard/probe.py` in training: on standardised inputs, tokens not padded."""
+
+    def __init__(self, d_model: int, reads_message: bool) -> None:
+        super().__init__()
+
+        def random(width: int) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.randn(width, d_model) * d_model**-0.5)
+
+        self.query = torch.nn.Parameter(torch.zeros(_N_HEADS if reads_message else 0, d_model))
+        self.value = random(_N_VALUES if reads_message else 0)
+        self.template = random(_N_TEMPLATE)
+        self.hidden = torch.nn.Linear(_N_HEADS * len(self.value) + _N_TEMPLATE, _N_HIDDEN)
+        self.out = torch.nn.Linear(_N_HIDDEN, 1)
+
+    def forward(self, inputs: _Inputs, dropout: float) -> Tensor:
+        query, value, template = self.query, self.value, self.template
+        if dropout:  # of whole coordinates of the stream, which costs nothing on the weights
+            ones = torch.full((2, template.shape[1]), 1.0 - dropout, device=template.device)
+            keep, keep_template = torch.bernoulli(ones) / (1.0 - dropout)
+            query, value, template = query * keep, value * keep, template * keep_template
+        features = inputs.template @ template.T
+        if inputs.message is not None:
+            heads = self._attend(inputs.message, inputs.owner, query, value, features)
+            features = torch.cat([heads, features], 1)
+        hidden = torch.nn.functional.gelu(self.hidden(features))
+        hidden = torch.nn.functional.dropout(hidden, dropout)
+        logits: Tensor = self.out(hidden).squeeze(1)
+        return logits
+
+    def _attend(
+        self, message: Tensor, owner: Tensor, query: Tensor, value: Tensor, like: Tensor
+    ) -> Tensor:
+        """(n, n_heads · n_values): `pool_message` without padding."""
+        n, logits = len(like), message @ query.T
+        highest = like.new_full((n, _N_HEADS), float("-inf")).scatter_reduce(
+            0, owner.unsqueeze(1).expand(-1, _N_HEADS), logits.detach(), "amax"
+        )
+        weights = (logits - highest[owner]).exp()
+        total = like.new_zeros(n, _N_HEADS).index_add(0, owner, weights)
+        shares, values = weights / total[owner], message @ value.T
+        heads = [
+            like.new_zeros(n, _N_VALUES).index_add(0, owner, shares[:, h : h + 1] * values)
+            for h in range(_N_HEADS)
+        ]
+        return torch.cat(heads, 1)
+
+
+def _trained(
+    inputs: _Inputs,
+    others: _Inputs,
+    balance: np.ndarray,
+    harmful: Tensor,
+    validation: Group,
+    seed: int,
+) -> Probe:
+    """Train, keep what separates validation best, and fold the standardisation in."""
+    device = inputs.template.device
+    template_scale = _scale(inputs.template)
+    message_scale = None if inputs.message is None else _scale(inputs.message)
+    inputs, others = (data.standard(template_scale, message_scale) for data in (inputs, others))
+    weights = torch.tensor(balance, dtype=torch.float32, device=device)
+    target = harmful.float().to(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        net = _Net(inputs.template.shape[1], inputs.message is not None).to(device)
+        optimiser = torch.optim.AdamW(net.parameters(), lr=_RATE, weight_decay=_DECAY)
+        best, kept = -1.0, {name: p.detach().clone() for name, p in net.named_parameters()}
+        for step in range(1, _STEPS + 1):
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(
+                net(inputs, _DROPOUT), target, weights
+            )
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            if step % _EVERY == 0:
+                with torch.no_grad():
+                    area = _separates(net(others, 0.0).cpu(), validation)
+                if area > best:
+                    best = area
+                    kept = {name: p.detach().clone() for name, p in net.named_parameters()}
+    return _folded(kept, template_scale, message_scale)
+
+
+def _folded(
+    net: dict[str, Tensor],
+    template_scale: tuple[Tensor, Tensor],
+    message_scale: tuple[Tensor, Tensor] | None,
+) -> Probe:
+    """The probe that computes on raw hidden states what the net does on standardised ones.
+
+    Attention adds up to one, so the means' share of values moves to the hidden layer's bias; what
+    the means add to a query is the same for all tokens and falls out of the softmax.
+    """
+    net = {name: parameter.cpu().double() for name, parameter in net.items()}
+    mean, spread = (part.cpu().double() for part in template_scale)
+    template = net["template"] / spread
+    offsets, message = [template @ mean], None
+    if message_scale is not None:
+        mean, spread = (part.cpu().double() for part in message_scale)
+        value = net["value"] / spread
+        offsets = [value @ mean] * _N_HEADS + offsets
+        message = torch.cat([net["query"] / spread, value]).float()
+    weight = net["hidden.weight"]
+    bias = net["hidden.bias"] - weight @ torch.cat(offsets)
+    return Probe(
+        template=template.float(),
+        out=torch.cat([net["out.weight"].squeeze(0), net["out.bias"]]).float(),
+        message=message,
+        n_heads=0 if message is None else _N_HEADS,
+        hidden=torch.cat([weight, bias.unsqueeze(1)], 1).float(),
+    )
+
+
+def _scaled(probe: Probe, scores: Tensor, data: Group) -> Probe:
+    """The probe with its logit scaled and moved so that it means what it says (Platt 1999)."""
+    model = LogisticRegression(C=1e6).fit(
+        scores.unsqueeze(1).numpy(), data.harmful.numpy(), sample_weight=_balanced(data)
+    )
+    slope, offset = float(model.coef_[0, 0]), float(model.intercept_[0])
+    if slope <= 0.0:  # it separates nothing: leave it to the thresholds to say so
+        return probe
+    out = slope * probe.out
+    out[-1] += offset
+    return Probe(probe.template, out, probe.message, probe.n_heads, probe.hidden)
+
+
+def _ridge(
     train: Labelled,
     validation: Labelled,
-    places: Sequence[tuple[int, tuple[int, ...]]],
-    seed: int,
-) -> Iterator[_Fit]:
-    """A probe on these (layer, window) places for each regularisation."""
-    features = torch.cat([_pooled(train, window, layer) for layer, window in places], 1).numpy()
-    positive, negative = validation.mask("harmful"), validation.mask("benign", "hard")
+    message_layer: int | None,
+    layer: int | None,
+    window: tuple[int, ...],
+) -> float:
+    """AUROC on validation of a weighted ridge regression on the means over message and window."""
+
+    def read(data: Labelled) -> Tensor:
+        parts = [] if message_layer is None else [data.message(message_layer)]
+        return torch.cat(parts + ([] if layer is None else [data.template(layer, window)]), 1)
+
+    features, others = read(train), read(validation)
+    scale = _scale(features)
+    features, others = _standard(features, scale), _standard(others, scale)
+    balance = torch.tensor(_balanced(train), dtype=torch.float32).unsqueeze(1)
+    target = torch.where(train.harmful, 1.0, -1.0).unsqueeze(1)
+    gram = features.T @ (balance * features)
+    gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    weight = torch.linalg.solve(gram, features.T @ (balance * target))
+    return _separates((others @ weight).squeeze(1), validation)
+
+
+def _separates(scores: Tensor, data: Group) -> float:
+    """AUROC of harmful over hard benign, or over all benign where there are no hard ones."""
+    negative = data.mask("benign", "hard")
     if not bool(negative.any()):
-        negative = validation.mask("benign")
-    weights = _balanced(train)
-    for c in _REGULARISATION:
-        model = make_pipeline(
-            StandardScaler(), LogisticRegression(C=c, max_iter=500, random_state=seed)
-        )
-        model.fit(features, train.harmful.numpy(), logisticregression__sample_weight=weights)
-        weight, bias = _unscaled(model)
-        parts = weight.chunk(len(places))
-        reads = [Read(*place, part.clone()) for place, part in zip(places, parts, strict=True)]
-        scores = torch.stack([read.scores(validation) for read in reads]).sum(0)
-        area = float((scores[positive][:, None] > scores[negative][None]).float().mean())
-        yield _Fit(reads, bias, area)
+        negative = data.mask("benign")
+    above = scores[data.mask("harmful")][:, None] > scores[negative][None]
+    return float(above.float().mean())
+
+
+def _scale(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and spread of each coordinate; 1 where a coordinate never moves."""
+    spread = rows.std(0)
+    return rows.mean(0), torch.where(spread > 1e-6, spread, 1.0)
+
+
+def _standard(rows: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
+    return (rows - scale[0]) / scale[1]
+
+
+def _rectangle(projected: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
+    """(n, width, …) rows of messages with padding behind, and (n, width) what is none."""
+    starts = messages.lengths.cumsum(0) - messages.lengths
+    ranges = [
+        list(range(start, start + length))
+        for start, length in zip(starts.tolist(), messages.lengths.tolist(), strict=True)
+    ]
+    places, present = padded(ranges, int(messages.lengths.max()))
+    return projected[torch.tensor(places)], torch.tensor(present)
 
 
 @dataclass(frozen=True)
@@ -190,19 +437,18 @@ class ThresholdFit:
     note: str
 
 
-def fit_thresholds(probe: Probe, data: Labelled, alpha: float, delta: float) -> ThresholdFit:
+def fit_thresholds(data: Scored, alpha: float, delta: float) -> ThresholdFit:
     """Split-conformal thresholds, the worst over strata.
 
     Args:
-        probe: fitted on other prompts.
-        data: the calibration split.
+        data: the calibration split, under a probe that was fitted on other prompts.
         alpha: most benign prompts of any stratum to score above τ_hi.
         delta: most harmful prompts to score below τ_lo.
 
     Raises:
         InputError: too few prompts for alpha; the message says how many would do.
     """
-    scores = probe.scores(data)
+    scores = data.scores
     counts: dict[str, int] = {}
     upper: list[float] = []
     for stratum in ("ordinary", "hard"):
@@ -220,11 +466,9 @@ def fit_thresholds(probe: Probe, data: Labelled, alpha: float, delta: float) -> 
     return ThresholdFit(tau_hi, min(tau_lo, tau_hi), counts, "")
 
 
-def gate_measurements(
-    probe: Probe, thresholds: ThresholdFit, test: Labelled, seed: int
-) -> dict[str, Interval]:
+def gate_measurements(thresholds: ThresholdFit, test: Scored, seed: int) -> dict[str, Interval]:
     """AUROC and zone rates per stratum on prompts that nothing was fitted on."""
-    scores = probe.scores(test)
+    scores = test.scores
     harmful = scores[test.mask("harmful")]
     found: dict[str, Interval] = {}
     for stratum in ("ordinary", "hard"):
@@ -256,16 +500,11 @@ def template_window(n_suffix: int) -> tuple[int, ...]:
     token after all.
     """
     if n_suffix >= 4:
-        return (2, 3)
-    return (2,) if n_suffix == 3 else (1,)
+        return (1, 2)
+    return (1,) if n_suffix == 3 else (0,)
 
 
-def _pooled(data: Labelled, window: tuple[int, ...], layer: int) -> Tensor:
-    """(n, d_model) float32."""
-    return data.hidden[:, layer, list(window)].float().mean(1)
-
-
-def _balanced(data: Labelled) -> np.ndarray:
+def _balanced(data: Group) -> np.ndarray:
     """Harmful weighs as much as benign, and ordinary benign as much as hard benign."""
     weights = torch.zeros(len(data.prompts))
     benign = [data.mask("benign", s) for s in ("ordinary", "hard")]
@@ -275,11 +514,3 @@ def _balanced(data: Labelled) -> np.ndarray:
     harmful = data.mask("harmful")
     weights[harmful] = 0.5 / harmful.sum()
     return (weights * len(data.prompts)).numpy()
-
-
-def _unscaled(model: object) -> tuple[Tensor, float]:
-    """Fold the scaler into weight and bias, so that serving needs one dot product."""
-    scaler, logistic = model[0], model[1]  # type: ignore[index]
-    weight = logistic.coef_[0] / scaler.scale_
-    bias = float(logistic.intercept_[0] - (weight * scaler.mean_).sum())
-    return torch.tensor(weight, dtype=torch.float32), bias

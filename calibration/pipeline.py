@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration.capture import WorkFolder, capture_hidden, fingerprint, listen
+from calibration.capture import WorkFolder, capture, fingerprint, listen
 from calibration.causal import (
     Effect,
     RefusalTokens,
@@ -33,8 +33,9 @@ from calibration.directions import Candidate, category_subspaces, difference_in_
 from calibration.evaluate import Answered, answer_pairs, compare
 from calibration.frontier import FrontierPoint
 from calibration.gate_fit import (
+    FittedProbe,
     Labelled,
-    Probe,
+    Scored,
     fit_probe,
     fit_thresholds,
     gate_measurements,
@@ -70,6 +71,8 @@ __all__ = ["CalibrationResult", "calibrate", "calibrate_subject"]
 
 _MIN_REFUSALS = 8
 _SUBSPACE_SIZES = (2, 4)
+_MESSAGE_DEPTHS = (1 / 3, 5 / 12, 1 / 2)
+"""Shares of the layers below which whole messages are captured: 8, 10 and 12 of 24."""
 _ALPHAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 _REFUSAL_ABOVE = (0.1, 0.2, 0.3)
 
@@ -95,7 +98,7 @@ class CalibrationResult:
     chosen: dict[Sign, Choice]
     notes: list[str]
     scores: dict[str, Tensor]
-    probe: Probe
+    probe: FittedProbe
     tested: dict[str, list[Answered]]
     seconds: dict[str, float] = field(default_factory=dict)
     frontier: list[FrontierPoint] = field(default_factory=list)
@@ -233,41 +236,42 @@ def calibrate_subject(
 
     # One forward pass over every prompt.
     progress.stage("capture hidden states", len(prompts))
-    n_suffix = len(subject.suffix_ids)
+    middle = range(max(1, n_layers // 4), max(2, (3 * n_layers) // 4 + 1), max(1, n_layers // 8))
+    message_layers = sorted({max(1, round(share * n_layers)) for share in _MESSAGE_DEPTHS})
     captured: dict[str, Labelled] = {}
     for name in ("train", "validation", "calibration", "test"):
+        layers = range(n_layers) if name == "train" else middle
         group = getattr(splits, name)
-        hidden = capture_hidden(
-            subject, group, n_layers, n_suffix, config.batch_size, work, name, progress
+        captured[name] = capture(
+            subject, group, layers, message_layers, config.batch_size, work, name, progress
         )
-        captured[name] = Labelled(group, hidden)
     clock.lap("capture")
 
     # Who is flagged?
     progress.stage("fit gate", None)
-    middle = range(max(1, n_layers // 4), max(2, (3 * n_layers) // 4 + 1), max(1, n_layers // 8))
-    window = template_window(n_suffix - subject.n_opening)
+    window = template_window(len(subject.suffix_ids) - subject.n_opening)
+    device = config.device if config.endpoint is None else "cpu"
     probe = fit_probe(
-        captured["train"],
-        captured["validation"],
-        middle,
-        window,
-        config.seed,
-        subject.message_width > 0,
+        captured["train"], captured["validation"], middle, window, config.seed, device
     )
-    if probe.message is None:
+    held, test = (
+        Scored(captured[name].prompts, probe.scores(captured[name]))
+        for name in ("calibration", "test")
+    )
+    train = replace(captured.pop("train"), messages=None)
+    captured.clear()  # the messages are the larger part of what was kept, and were read
+    if probe.message_layer is None:
         notes.append(
             "the gate reads the template's tokens alone: the states of whole messages were not to"
             " be had, or not asked for"
         )
-    thresholds = fit_thresholds(probe, captured["calibration"], config.alpha, config.delta)
+    thresholds = fit_thresholds(held, config.alpha, config.delta)
     if thresholds.note:
         notes.append(thresholds.note)
     clock.lap("gate")
 
     # Which directions modulate refusal, at equal KL on safe prompts?
-    train = captured["train"]
-    suffix = train.hidden[:, :, 2:]  # (n, n_layers, n_suffix, d_model)
+    suffix = train.hidden[:, :, 1:]  # (n, n_layers, n_suffix, d_model)
     candidates = difference_in_means(
         suffix[train.mask("harmful")], suffix[train.mask("benign", "ordinary")]
     )
@@ -320,7 +324,7 @@ def calibrate_subject(
     frontier: list[FrontierPoint] = []
     if config.policy_prompts:
         progress.stage("compare policies", None)
-        frontier, presets, unmet = _policies(draft, artifact, captured["calibration"], probe)
+        frontier, presets, unmet = _policies(draft, artifact, held)
         artifact = _with_presets(artifact, presets)
         notes += unmet
     clock.lap("policies")
@@ -329,7 +333,7 @@ def calibrate_subject(
     progress.stage("answer held-out prompts", None)
     tested = _test(draft, artifact, splits)
     clock.lap("test")
-    measurements = gate_measurements(probe, thresholds, captured["test"], config.seed)
+    measurements = gate_measurements(thresholds, test, config.seed)
     for group, pairs in tested.items():
         rates = compare(pairs, config.seed)
         measurements |= {f"{group}_{name}": value for name, value in rates.items()}
@@ -343,7 +347,7 @@ def calibrate_subject(
         effects,
         chosen,
         notes,
-        _scores_by_group(probe, captured["test"]),
+        _scores_by_group(test),
         probe,
         tested,
         clock.seconds,
@@ -437,7 +441,7 @@ def _test(draft: Draft, artifact: CarrierArtifact, splits: Splits) -> dict[str, 
 
 
 def _policies(
-    draft: Draft, artifact: CarrierArtifact, held: Labelled, probe: Probe
+    draft: Draft, artifact: CarrierArtifact, held: Scored
 ) -> tuple[list[FrontierPoint], dict[str, Preset], list[str]]:
     """Compare policies on validation prompts; their thresholds are quantiles of other prompts."""
     subject, config = draft.subject, draft.config
@@ -457,8 +461,9 @@ def _policies(
         Outcome(group, reading, judge(text) in (Verdict.REFUSED, Verdict.PARTIAL))
         for group, reading, text in zip(names, readings, base, strict=True)
     ]
-    scores = probe.scores(held)
-    strata = [scores[m] for s in ("ordinary", "hard") if bool((m := held.mask("benign", s)).any())]
+    strata = [
+        held.scores[m] for s in ("ordinary", "hard") if bool((m := held.mask("benign", s)).any())
+    ]
     raise_above = {}
     for alpha in sorted({*_ALPHAS, config.alpha}):
         with suppress(InputError):  # too few prompts for it
@@ -499,12 +504,11 @@ def _with_presets(artifact: CarrierArtifact, presets: dict[str, Preset]) -> Carr
     return replace(artifact, manifest=artifact.manifest.model_copy(update=fields))
 
 
-def _scores_by_group(probe: Probe, test: Labelled) -> dict[str, Tensor]:
-    scores = probe.scores(test)
+def _scores_by_group(test: Scored) -> dict[str, Tensor]:
     return {
-        "harmful": scores[test.mask("harmful")],
-        "hard benign": scores[test.mask("benign", "hard")],
-        "ordinary benign": scores[test.mask("benign", "ordinary")],
+        "harmful": test.scores[test.mask("harmful")],
+        "hard benign": test.scores[test.mask("benign", "hard")],
+        "ordinary benign": test.scores[test.mask("benign", "ordinary")],
     }
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from guard.errors import ArtifactError, ModelMismatchError
 from guard.gate import Thresholds
+from guard.probe import Probe
 from guard.steering import Carrier
 
 __all__ = [
@@ -48,7 +49,7 @@ __all__ = [
     "write_atomically",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _KEY = "trimtab"
 _CHECKSUM_FIELD = "file_sha256"
 # In the header the manifest is JSON inside a JSON string, so its quotes are escaped.
@@ -62,8 +63,10 @@ TENSORS = {
     "raise.target": "(k,) float32, empty for an additive carrier",
     "lower.basis": "(k, d_model) float32, absent when no lower carrier is admissible",
     "lower.target": "(k,) float32",
-    "probe.weight": "(d_model,) float32",
-    "probe.message": "(d_model,) float32, absent where the gate reads template tokens alone",
+    "probe.template": "(n_template, d_model) float32",
+    "probe.message": "(n_heads + n_values, d_model) float32, absent where n_heads is 0",
+    "probe.hidden": "(n_hidden, n_features + 1) float32, absent where n_hidden is 0",
+    "probe.out": "(n_hidden + 1,) float32; (n_features + 1,) where n_hidden is 0",
     "refusal.token_ids": "(n_tokens,) int64",
     "refusal.token_weights": "(n_tokens,) float32",
 }
@@ -118,9 +121,10 @@ class CarrierSpec(_Frozen):
 
 
 class MessageRead(_Frozen):
-    """A second probe of the gate: its score is averaged over the user's last message."""
+    """Where the gate's probe reads the user's last message."""
 
     layer: int = Field(ge=0)
+    n_heads: int = Field(ge=1, le=64, description="attention heads over its tokens")
     suffix_ids: list[int] = Field(description="template tokens behind the message")
     opening_ids: list[int] = Field(description="template tokens before the message")
     width: int = Field(ge=1, le=512, description="last tokens of the message that are read")
@@ -130,15 +134,15 @@ class GateSpec(_Frozen):
     """The probe, its thresholds and what they promise."""
 
     layer: int = Field(ge=0)
-    bias: _Finite
+    n_hidden: int = Field(default=0, ge=0, le=4096, description="hidden units; 0: it is linear")
     instruction_suffix_ids: list[int] = Field(
         description="template tokens at the end of a prompt; the probe reads the token before them"
     )
     n_pooled: int = Field(
-        default=1, ge=1, le=16, description="tokens up to that one whose scores are averaged"
+        default=1, ge=1, le=16, description="tokens up to that one that are averaged"
     )
     message: MessageRead | None = Field(
-        default=None, description="a second probe, whose score is added; None: there is none"
+        default=None, description="None: it reads the template's tokens alone"
     )
     raise_above: _Finite
     lower_below: _Finite | None
@@ -156,13 +160,13 @@ class GateSpec(_Frozen):
 
     @property
     def where(self) -> str:
-        """Where the probes read, in words."""
+        """Where the probe reads, in words."""
         places = ", ".join(map(str, self.positions))
         if self.message is None:
             return f"layer {self.layer} at prompt positions {places}"
         return (
-            f"layer {self.message.layer}, mean over the user's message, and layer {self.layer} at"
-            f" prompt positions {places}"
+            f"layer {self.message.layer} over the user's message ({self.message.n_heads} attention"
+            f" heads), and layer {self.layer} at prompt positions {places}"
         )
 
     @property
@@ -172,7 +176,7 @@ class GateSpec(_Frozen):
 
     @property
     def positions(self) -> list[int]:
-        """Where the probe reads a prompt, from the end; −1 is the last token."""
+        """Which template tokens the probe reads, from the end; −1 is the last token."""
         last = -1 - len(self.instruction_suffix_ids)
         return [last - back for back in range(self.n_pooled)]
 
@@ -195,7 +199,7 @@ class Preset(_Frozen):
 class Manifest(_Frozen):
     """Everything about a guard that is not a tensor."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     created: str = Field(description="UTC time, ISO 8601")
     model: ModelIdentity
     seed: int
@@ -224,21 +228,19 @@ class CarrierArtifact:
         manifest: everything that is not a tensor.
         raise_carrier: steers toward refusal.
         lower_carrier: steers away from refusal; None: over-refusals cannot be lowered.
-        probe_weight: (d_model,) float32.
+        probe: the gate's.
         refusal_token_ids: (n_tokens,) int64, first tokens of the model's own refusals.
         refusal_token_weights: (n_tokens,) float32 in [0, 1].
         artifact_id: first 12 hex digits of the file's SHA-256; "unsaved" before it is written.
-        message_weight: (d_model,) float32 of the gate's second probe, where there is one.
     """
 
     manifest: Manifest
     raise_carrier: Carrier
     lower_carrier: Carrier | None
-    probe_weight: Tensor
+    probe: Probe
     refusal_token_ids: Tensor
     refusal_token_weights: Tensor
     artifact_id: str = "unsaved"
-    message_weight: Tensor | None = None
 
     @property
     def layers(self) -> list[int]:
@@ -313,12 +315,10 @@ def save_artifact(artifact: CarrierArtifact, path: Path) -> str:
     tensors = {
         "raise.basis": artifact.raise_carrier.basis,
         "raise.target": artifact.raise_carrier.target,
-        "probe.weight": artifact.probe_weight,
         "refusal.token_ids": artifact.refusal_token_ids,
         "refusal.token_weights": artifact.refusal_token_weights,
     }
-    if artifact.message_weight is not None:
-        tensors["probe.message"] = artifact.message_weight
+    tensors |= {f"probe.{name}": tensor for name, tensor in artifact.probe.tensors.items()}
     if artifact.lower_carrier is not None:
         tensors["lower.basis"] = artifact.lower_carrier.basis
         tensors["lower.target"] = artifact.lower_carrier.target
@@ -454,6 +454,7 @@ def _build(manifest: Manifest, tensors: dict[str, Tensor], path: Path) -> Carrie
     d_model, n_layers = manifest.model.d_model, manifest.model.n_layers
     absent = {"lower.basis", "lower.target"} if not manifest.lower_carrier else set()
     absent |= {"probe.message"} if not manifest.gate.message else set()
+    absent |= {"probe.hidden"} if not manifest.gate.n_hidden else set()
     expected = set(TENSORS) - absent
     if set(tensors) != expected:
         raise _unreadable(path, f"tensors {sorted(tensors)}, expected {sorted(expected)}")
@@ -463,9 +464,19 @@ def _build(manifest: Manifest, tensors: dict[str, Tensor], path: Path) -> Carrie
             raise _unreadable(path, f"tensor {name}: {tensor.dtype}, expected {wanted}")
         if not bool(torch.isfinite(tensor).all()):
             raise _unreadable(path, f"tensor {name}: holds NaN or infinite values")
-    for name in ("probe.weight", "probe.message"):
-        if name in expected and tensors[name].shape != (d_model,):
-            raise _unreadable(path, f"{name}: {tuple(tensors[name].shape)}, expected ({d_model},)")
+    probe = Probe(
+        tensors["probe.template"],
+        tensors["probe.out"],
+        tensors.get("probe.message"),
+        manifest.gate.message.n_heads if manifest.gate.message else 0,
+        tensors.get("probe.hidden"),
+    )
+    if fault := probe.fault(d_model):
+        raise _unreadable(path, fault)
+    if probe.hidden is not None and len(probe.hidden) != manifest.gate.n_hidden:
+        raise _unreadable(
+            path, f"probe.hidden: {len(probe.hidden)} units, expected {manifest.gate.n_hidden}"
+        )
     ids, weights = tensors["refusal.token_ids"], tensors["refusal.token_weights"]
     if ids.dim() != 1 or not len(ids) or ids.shape != weights.shape:
         raise _unreadable(
@@ -490,10 +501,9 @@ def _build(manifest: Manifest, tensors: dict[str, Tensor], path: Path) -> Carrie
         manifest,
         raising,
         carriers["lower"],
-        tensors["probe.weight"],
+        probe,
         ids,
         weights,
-        message_weight=tensors.get("probe.message"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Who is steered, and which way: probe score, conformal thresholds, zones. Pure, no I/O."""
+"""Who is steered, and which way: conformal thresholds and zones. Pure, no I/O."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ __all__ = [
     "gate_position",
     "gate_positions",
     "message_positions",
-    "pooled_scores",
-    "probe_score",
     "refusal_logit",
     "refusal_probability",
     "undecided",
@@ -143,38 +141,6 @@ def message_positions(
         if list(prompt_ids[start - n : start]) == list(opening_ids):
             return list(range(start, last + 1))
     return list(range(first, last + 1))
-
-
-def pooled_scores(hidden: Tensor, positions: Sequence[Sequence[int]], weight: Tensor) -> Tensor:
-    """Return the mean of hidden · weight over some tokens of each row.
-
-    Args:
-        hidden: (n_rows, n_tokens, d_model) residual stream, rows padded on the left.
-        positions: per row, the tokens, as indices from the end (−1 is the last).
-        weight: (d_model,).
-
-    Returns:
-        (n_rows,) float32.
-    """
-    pool = torch.zeros(hidden.shape[:2], device=hidden.device)
-    for row, places in enumerate(positions):
-        pool[row, list(places)] = 1.0 / len(places)
-    scores = probe_score(hidden, weight.to(hidden.device), 0.0)
-    return torch.where(pool > 0, scores * pool, 0.0).sum(-1)
-
-
-def probe_score(hidden: Tensor, weight: Tensor, bias: Tensor | float) -> Tensor:
-    """Return hidden · weight + bias in float32.
-
-    Args:
-        hidden: (…, d_model) residual stream at the probe's tokens.
-        weight: (d_model,).
-        bias: a number or 0-d tensor.
-
-    Returns:
-        (…) logits, higher is more harmful.
-    """
-    return hidden.float() @ weight.float() + bias
 
 
 def refusal_probability(logits: Tensor, token_ids: Tensor, token_weights: Tensor) -> Tensor:

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from guard.artifact import CarrierArtifact
 from guard.gate import (
     GateReading,
     gate_positions,
     message_positions,
-    pooled_scores,
     refusal_probability,
 )
+from guard.probe import pool_message, probe_scores, project
 from guard.shadow import BaseStep
 
-__all__ = ["gate_places", "gate_scores", "read_gates", "refusal_probs"]
+__all__ = ["gate_places", "gate_scores", "padded", "read_gates", "refusal_probs"]
 
 
 def gate_places(
     artifact: CarrierArtifact, prompt_ids: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Return the token indices that the gate's probe, and its second one, average over.
+    """Return the indices of the template's and the message's tokens that the gate reads.
 
     Args:
         artifact: the guard.
         prompt_ids: (n_tokens,), template included, without padding.
 
     Returns:
-        Two lists; the second is empty where there is no second probe.
+        Two lists; the second is empty where the message is not read.
     """
     gate = artifact.manifest.gate
     places = gate_positions(prompt_ids, gate.instruction_suffix_ids, gate.n_pooled)
@@ -51,17 +54,39 @@ def gate_scores(
         prompts: n_rows lists of token ids, template included, without padding.
     """
     gate = artifact.manifest.gate
-    first: list[list[int]] = []
-    second: list[list[int]] = []
-    for ids in prompts:
-        for found, places in zip((first, second), gate_places(artifact, ids), strict=True):
-            found.append([place - len(ids) for place in places])
-    scores = pooled_scores(step.resid_pre[gate.layer], first, artifact.probe_weight) + gate.bias
-    if gate.message is not None and artifact.message_weight is not None:
-        hidden = step.resid_pre[gate.message.layer]
-        scores = scores + pooled_scores(hidden, second, artifact.message_weight)
-    numbers: list[float] = scores.tolist()
+    probe = artifact.probe.map(lambda weight: weight.to(step.logits.device))
+    found = [gate_places(artifact, ids) for ids in prompts]
+    first, second = [places for places, _ in found], [places for _, places in found]
+    ends = [[place - len(ids) for place in p] for p, ids in zip(first, prompts, strict=True)]
+    template = project(_at(step.resid_pre[gate.layer], ends), probe.template).mean(1)
+    message = None
+    if gate.message is not None and probe.message is not None:
+        # As wide for every prompt: a sum's rounding must not depend on what is read beside it.
+        places, present = padded(second, gate.message.width)
+        ends = [[p - len(ids) for p in row] for row, ids in zip(places, prompts, strict=True)]
+        projected = project(_at(step.resid_pre[gate.message.layer], ends), probe.message)
+        there = torch.tensor(present, device=projected.device)
+        message = pool_message(projected, there, gate.message.n_heads)
+    numbers: list[float] = probe_scores(probe, template, message).tolist()
     return numbers
+
+
+def padded(places: Sequence[Sequence[int]], width: int) -> tuple[list[list[int]], list[list[bool]]]:
+    """Return lists of one length, which repeat their first entry, and which entries count.
+
+    Args:
+        places: lists of at least one and at most `width` entries.
+        width: of the lists returned.
+    """
+    filled = [[*p, *[p[0]] * (width - len(p))] for p in places]
+    present = [[True] * len(p) + [False] * (width - len(p)) for p in places]
+    return filled, present
+
+
+def _at(hidden: Tensor, ends: Sequence[Sequence[int]]) -> Tensor:
+    """(n, n_places, d_model): tokens of each row, counted from its end."""
+    rows = torch.arange(len(ends), device=hidden.device).unsqueeze(1)
+    return hidden[rows, torch.tensor(ends, device=hidden.device)]
 
 
 def refusal_probs(artifact: CarrierArtifact, step: BaseStep) -> list[float]:

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from guard.artifact import CarrierArtifact
 from guard.errors import NotArmedError, NumericsError
-from guard.gate import probe_score
+from guard.probe import pool_message, probe_scores, project
 from guard.shadow import BaseStep, ShadowModel
 from guard.steering import Carrier
 
@@ -97,14 +97,16 @@ def _prefill_and_decode(
 
 
 def _check_gate(artifact: CarrierArtifact, step: BaseStep) -> None:
-    gate = artifact.manifest.gate
-    probes = [(gate.layer, artifact.probe_weight)]
-    if gate.message is not None and artifact.message_weight is not None:
-        probes.append((gate.message.layer, artifact.message_weight))
-    for layer, weight in probes:
-        hidden = step.last_hidden(layer)
-        if not bool(torch.isfinite(probe_score(hidden, weight.to(hidden.device), gate.bias)).all()):
-            raise NumericsError("the gate's score is not finite")
+    gate, n_rows = artifact.manifest.gate, len(step.logits)
+    probe = artifact.probe.map(lambda weight: weight.to(step.logits.device))
+    template = project(step.last_hidden(gate.layer), probe.template)
+    message = None
+    if gate.message is not None and probe.message is not None:
+        projected = project(step.last_hidden(gate.message.layer), probe.message).unsqueeze(1)
+        there = torch.ones(n_rows, 1, dtype=torch.bool, device=projected.device)
+        message = pool_message(projected, there, gate.message.n_heads)
+    if not bool(torch.isfinite(probe_scores(probe, template, message)).all()):
+        raise NumericsError("the gate's score is not finite")
 
 
 def _try_carrier(model: ShadowModel, step: BaseStep, name: str, carrier: Carrier) -> CanaryReading:

@@ -1,14 +1,15 @@
 """The guard's work in one vLLM worker: scores, zones, shadow passes and ledgers, step by step.
 
-    forward ─► score tokens into their KV slots ─► sampling rows: gate once, shadow, mix ─► book
+    forward ─► project tokens into their KV slots ─► sampling rows: gate once, shadow, mix ─► book
 
 It knows model runners only through `Runner`; `vllm_runner` says how vLLM's are read.
 
 **Why the gate is exact under prefix caching, chunked prefill and preemption.** The score of a token
-depends on the same tokens as its keys and values do. So it is kept where they are: one float per
-KV slot, written by the same step that writes the slot. Whoever may read a cached block's keys may
-read its scores, and a block that is evicted and computed again is scored again. No cache hit is
-given up, and nothing has to be recomputed. A slot that was never written holds NaN: an error.
+depends on the same tokens as its keys and values do. So what the probe needs of a token, a few
+dozen floats, is kept where they are: by KV slot, written by the same step that writes the slot.
+Whoever may read a cached block's keys may read them, and a block that is evicted and computed again
+is projected again. No cache hit is given up, and nothing has to be recomputed. A slot that was
+never written holds NaN: an error.
 
 **Why the host does not wait.** A GPU runs behind the host that feeds it, and waiting for it drains
 the queue. So outcomes of a step are read in the next one, after its forward pass was issued: the
@@ -37,13 +38,13 @@ from guard.errors import NotArmedError
 from guard.gate import (
     GateReading,
     Zone,
-    probe_score,
     refusal_probability,
     undecided,
 )
 from guard.kl import Moved
 from guard.policy import Policy
-from guard.reading import gate_places
+from guard.probe import pool_message, probe_scores, project
+from guard.reading import gate_places, padded
 from guard.session import GuardSession, Record
 from guard.steering import Carrier
 
@@ -53,7 +54,7 @@ __all__ = [
     "Later",
     "Runner",
     "SamplingRow",
-    "SlotScores",
+    "SlotReads",
     "Steering",
     "StepGuard",
     "has_triton",
@@ -200,42 +201,42 @@ class Steering:
     spare: Tensor | None
 
 
-class SlotScores:
-    """A probe's score of the token behind every KV slot."""
+class SlotReads:
+    """What a probe keeps of the token behind every KV slot: its projections.
 
-    def __init__(self, n_slots: int, device: torch.device) -> None:
-        self._scores = torch.full((n_slots,), math.nan, dtype=torch.float32, device=device)
+    Args:
+        n_slots: of the KV cache.
+        width: projections of a token.
+        device: of the model.
+    """
 
-    def write(self, slots: Tensor, hidden: Tensor, weight: Tensor, bias: float) -> None:
-        """Score the tokens that this step computed, (n_tokens, d_model), into their slots."""
+    def __init__(self, n_slots: int, width: int, device: torch.device) -> None:
+        self._kept = torch.full((n_slots, width), math.nan, dtype=torch.float32, device=device)
+
+    def write(self, slots: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Project the tokens that this step computed, (n_tokens, d_model), into their slots."""
         if hidden.is_cuda and has_triton():
-            from serve.vllm_kernels import score_tokens
+            from serve.vllm_kernels import project_tokens
 
-            score_tokens(hidden, weight, bias, slots, self._scores)
+            project_tokens(hidden, weight, slots, self._kept)
             return
         for start in range(0, len(slots), _CHUNK):
             part = slice(start, start + _CHUNK)
-            self._scores[slots[part]] = probe_score(hidden[part], weight, bias)
+            self._kept[slots[part]] = project(hidden[part], weight)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]], n_blocks: int) -> None:
         """Follow a copy of whole KV blocks: (source, destination) pairs, all at once."""
-        blocks = self._scores.view(n_blocks, -1)
+        blocks = self._kept.view(n_blocks, -1)
         source, target = zip(*copies, strict=True)
         blocks[list(target)] = blocks[list(source)]
 
-    def mean(self, slots: Tensor, shares: Tensor) -> Tensor:
-        """Return (n,) weighted sums of scores; NaN where one of them was never written.
-
-        Args:
-            slots: (n, n_pooled) int64.
-            shares: (n, n_pooled) float32: one over the number of tokens; 0 for padding, whose slot
-                is that of one of the tokens.
-        """
-        return (self._scores[slots] * shares).sum(-1)
+    def read(self, slots: Tensor) -> Tensor:
+        """Return what is kept there, (…, width); NaN where nothing was ever written."""
+        return self._kept[slots]
 
     def clear(self) -> None:
         """Forget everything."""
-        self._scores.fill_(math.nan)
+        self._kept.fill_(math.nan)
 
 
 @dataclass
@@ -299,7 +300,7 @@ class StepGuard:
         self._fresh: list[SamplingRow] = []  # that sample their first token in this step
         self._fresh_scores: Later | None = None
         self._awaited: list[tuple[Later, list[GuardedRequest], Callable[[Any], None]]] = []
-        self._scores: list[SlotScores] = []  # one per probe
+        self._reads: list[SlotReads] = []  # of the template, of the message
         self._spare: Tensor | None = None
 
     @property
@@ -353,13 +354,13 @@ class StepGuard:
         self._active.clear()
         self.requests.clear()
         self._ended.clear()
-        for scores in self._scores:
-            scores.clear()
+        for reads in self._reads:
+            reads.clear()
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]], n_blocks: int) -> None:
         """Follow a copy of whole KV blocks."""
-        for scores in self._scores if copies else ():
-            scores.copy_blocks(copies, n_blocks)
+        for reads in self._reads if copies else ():
+            reads.copy_blocks(copies, n_blocks)
 
     @torch.inference_mode()
     def begin(self, runner: Runner) -> bool:
@@ -370,8 +371,11 @@ class StepGuard:
         """
         if not self.awake:
             return False
-        if not self._scores:
-            self._scores = [SlotScores(runner.n_slots, self._device) for _ in self._probes()]
+        if not self._reads:
+            self._reads = [
+                SlotReads(runner.n_slots, len(weight), self._device)
+                for _, weight in self._projections()
+            ]
         self.n_steps += 1
         self.settle()
         new = (name for name in runner.request_ids if name not in self.requests)
@@ -379,8 +383,8 @@ class StepGuard:
         self._fresh = runner.sampling_rows(unknown) if unknown else []
         with runner.at_gate() if self._fresh else nullcontext():
             slots = runner.slots_written()
-            for scores, (layer, weight, bias) in zip(self._scores, self._probes(), strict=True):
-                scores.write(slots, runner.hidden(layer), weight, bias)
+            for reads, (layer, weight) in zip(self._reads, self._projections(), strict=True):
+                reads.write(slots, runner.hidden(layer), weight)
             if self._fresh:
                 self._fresh_scores = Later(self._read_gates(runner, self._fresh))
         return bool(self._fresh or self._active or self.on_base)
@@ -431,30 +435,32 @@ class StepGuard:
             state.waits += 1
         self._awaited.append((later, states, book))
 
-    def _probes(self) -> list[tuple[int, Tensor, float]]:
-        """Layer, weight and bias of each probe; the scores of all are added up."""
-        artifact, gate = self.artifact, self.artifact.manifest.gate
-        probes = [(gate.layer, artifact.probe_weight, gate.bias)]
-        if gate.message is not None and artifact.message_weight is not None:
-            probes.append((gate.message.layer, artifact.message_weight, 0.0))
-        return probes
+    def _projections(self) -> list[tuple[int, Tensor]]:
+        """Layer and weights of what is kept of every token: the template's, the message's."""
+        probe, gate = self.artifact.probe, self.artifact.manifest.gate
+        found = [(gate.layer, probe.template)]
+        if gate.message is not None and probe.message is not None:
+            found.append((gate.message.layer, probe.message))
+        return found
 
     def _read_gates(self, runner: Runner, rows: Sequence[SamplingRow]) -> Tensor:
-        """(len(rows),) scores on the device: each probe's mean over its tokens, added up."""
+        """(len(rows),) scores on the device."""
         found = [gate_places(self.artifact, runner.prompt_ids(row.request_id)) for row in rows]
-        total = torch.zeros(len(rows), device=self._device)
-        gate = self.artifact.manifest.gate
-        # As wide for every prompt: a sum's rounding must not depend on what else is read with it.
-        widths = [gate.n_pooled, gate.message.width if gate.message else 0]
-        for probe, scores in enumerate(self._scores):
-            places, width = [both[probe] for both in found], widths[probe]
-            padded = [[*p, *p[:1] * (width - len(p))] for p in places]
-            shares = [[1.0 / len(p)] * len(p) + [0.0] * (width - len(p)) for p in places]
-            slots = runner.slots_of([r.row for r in rows for _ in range(width)], [*chain(*padded)])
-            total += scores.mean(
-                slots.reshape(len(rows), width), on_device(shares, torch.float32, self._device)
-            )
-        return total
+        first, second = [places for places, _ in found], [places for _, places in found]
+
+        def kept(reads: SlotReads, places: Sequence[Sequence[int]]) -> Tensor:
+            width = len(places[0])
+            slots = runner.slots_of([r.row for r in rows for _ in range(width)], [*chain(*places)])
+            return reads.read(slots.reshape(len(rows), width))
+
+        template = kept(self._reads[0], first).mean(1)
+        message, read = None, self.artifact.manifest.gate.message
+        if read is not None:
+            # As wide for every prompt: a sum's rounding must not depend on what is read beside it.
+            places, present = padded(second, read.width)
+            there = on_device(present, torch.bool, self._device)
+            message = pool_message(kept(self._reads[1], places), there, read.n_heads)
+        return probe_scores(self.artifact.probe, template, message)
 
     def _open(self, runner: Runner, logits: Tensor) -> None:
         """Decide the zones of requests that sample their first token.
@@ -615,10 +621,7 @@ def _on(artifact: CarrierArtifact, device: torch.device) -> CarrierArtifact:
         artifact,
         raise_carrier=moved(artifact.raise_carrier),
         lower_carrier=moved(artifact.lower_carrier) if artifact.lower_carrier else None,
-        probe_weight=artifact.probe_weight.to(device),
-        message_weight=None
-        if artifact.message_weight is None
-        else artifact.message_weight.to(device),
+        probe=artifact.probe.map(lambda weight: weight.to(device)),
         refusal_token_ids=artifact.refusal_token_ids.to(device),
         refusal_token_weights=artifact.refusal_token_weights.to(device),
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from guard.kl import Moved
 
-__all__ = ["mix_rows", "score_tokens"]
+__all__ = ["mix_rows", "project_tokens"]
 
 _CHUNK = 4096
 _SEARCHES = 12
@@ -303,30 +303,28 @@ def mix_rows(
 
 
 @triton.jit
-def _score_kernel(hidden, row_stride, weight, bias, slots, scores, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _project_kernel(hidden, row_stride, weight, slots, kept, d_model, width, BLOCK: tl.constexpr):
+    row, unit = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)
-    inside = at < width
+    inside = at < d_model
     values = tl.load(hidden + row * row_stride + at, mask=inside, other=0.0).to(tl.float32)
-    score = tl.sum(values * tl.load(weight + at, mask=inside, other=0.0), 0) + bias
+    value = tl.sum(values * tl.load(weight + unit * d_model + at, mask=inside, other=0.0), 0)
     slot = tl.load(slots + row)
-    tl.store(scores + slot, score, mask=slot >= 0)
+    tl.store(kept + slot * width + unit, value, mask=slot >= 0)
 
 
-def score_tokens(
-    hidden: Tensor, weight: Tensor, bias: float, slots: Tensor, scores: Tensor
-) -> None:
-    """Write every token's probe score, hidden · weight + bias, to its slot: one launch.
+def project_tokens(hidden: Tensor, weight: Tensor, slots: Tensor, kept: Tensor) -> None:
+    """Write every token's projections, hidden · weightᵀ, to its slot: one launch.
 
     Args:
         hidden: (n_tokens, d_model).
-        weight: (d_model,) float32.
-        bias: a number.
+        weight: (width, d_model) float32, contiguous.
         slots: (n_tokens,) int64; negative ones are left out.
-        scores: (n_slots,) float32, written.
+        kept: (n_slots, width) float32, written.
     """
-    n, width = hidden.shape
-    block = triton.next_power_of_2(width)
-    _score_kernel[(n,)](
-        hidden, hidden.stride(0), weight, bias, slots, scores, width, BLOCK=block, num_warps=4
+    n, d_model = hidden.shape
+    width = len(weight)
+    block = triton.next_power_of_2(d_model)
+    _project_kernel[(n, width)](
+        hidden, hidden.stride(0), weight, slots, kept, d_model, width, BLOCK=block, num_warps=4
     )

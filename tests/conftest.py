@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
 from cli.models import QWEN_CODER, resolve_model
 from guard.artifact import CarrierArtifact, CarrierSpec, GateSpec, Manifest, ModelIdentity
 from guard.identity import model_identity
+from guard.probe import linear_probe
 from guard.steering import Carrier
 from tests.tiny_refuser import (
     PLANTED_LAYER,
@@ -30,6 +32,9 @@ from tests.tiny_refuser import (
     harmful_prompts,
     harmless_prompts,
 )
+
+# A runner that was started in the background ignores Ctrl-C, and what it starts would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A machine that is busy with other work must not fail a test by being slow. The examples are the
 # same in every run, so that one commit gives one answer; `make explore` draws new ones.
@@ -137,7 +142,6 @@ def tiny_guard(
         lower_carrier=spec("difference_in_means"),
         gate=GateSpec(
             layer=PLANTED_LAYER,
-            bias=bias,
             instruction_suffix_ids=ids(SUFFIX_TOKENS),
             raise_above=threshold,
             lower_below=threshold,
@@ -153,7 +157,7 @@ def tiny_guard(
         manifest,
         raise_carrier=Carrier.additive(PLANTED_LAYER, direction),
         lower_carrier=Carrier.additive(PLANTED_LAYER, -direction),
-        probe_weight=weight,
+        probe=linear_probe(weight, bias),
         refusal_token_ids=torch.tensor(ids(REFUSAL_TEXT.split()[:1])),
         refusal_token_weights=torch.ones(1),
     )

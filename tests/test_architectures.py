@@ -36,6 +36,7 @@ from guard.gate import Zone
 from guard.hooks import find_decoder_layers
 from guard.identity import model_identity
 from guard.policy import Policy
+from guard.probe import linear_probe
 from guard.session import Record
 from guard.shadow import BaseStep, ShadowModel
 from guard.steering import Carrier
@@ -254,7 +255,7 @@ def always_raising(
         manifest=manifest,
         raise_carrier=Carrier.additive(2, 5 * torch.randn(d_model, generator=_seeded(3))),
         lower_carrier=None,
-        probe_weight=torch.zeros(d_model),
+        probe=linear_probe(torch.zeros(d_model)),
     )
 
 

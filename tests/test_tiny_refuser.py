@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from guard.artifact import CarrierArtifact, load_artifact, save_artifact
-from guard.gate import GateReading, Zone, probe_score, refusal_probability
+from guard.gate import GateReading, Zone, refusal_probability
 from guard.policy import Policy
+from guard.probe import probe_scores, project
 from guard.refusal import Verdict, judge
 from guard.session import GuardSession
 from guard.steering import Steer, ablate
@@ -179,7 +180,9 @@ def test_the_hand_made_guard_raises_hard_harmful_prompts_and_lowers_hard_benign_
         with torch.no_grad():
             output = tiny_model(chat_ids(tiny_tokenizer, prompts), output_hidden_states=True)
         read = output.hidden_states[gate.layer][:, -1 - len(gate.instruction_suffix_ids)]
-        scores = probe_score(read, tiny_guard.probe_weight, gate.bias).tolist()
+        scores = probe_scores(
+            tiny_guard.probe, project(read, tiny_guard.probe.template), None
+        ).tolist()
         refusals = refusal_probability(
             output.logits[:, -1], tiny_guard.refusal_token_ids, tiny_guard.refusal_token_weights
         ).tolist()

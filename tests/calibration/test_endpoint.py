@@ -194,10 +194,7 @@ def test_a_calibration_over_http_finds_the_same_guard(
         assert b is not None
         assert (a.layer, a.position) == (b.layer, b.position)
         assert b.norm_share == pytest.approx(a.norm_share, rel=1e-4)
-    for first, second in (
-        (mine.raise_carrier.basis, other.raise_carrier.basis),
-        (mine.probe_weight, other.probe_weight),
-    ):
+    for first, second in ((mine.raise_carrier.basis, other.raise_carrier.basis),):
         torch.testing.assert_close(second, first, atol=1e-4, rtol=1e-3)
     assert other.manifest.gate.layer == mine.manifest.gate.layer
     assert other.thresholds.raise_above == pytest.approx(mine.thresholds.raise_above, abs=1e-3)

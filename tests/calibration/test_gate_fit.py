@@ -1,25 +1,25 @@
-"""The gate's fit: the scaler is folded in exactly, and thresholds keep what they promise."""
+"""The gate's fit: attention finds what tells, and thresholds keep what they promise."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from calibration.gate_fit import (
     Labelled,
-    Probe,
-    Read,
+    Messages,
+    Scored,
     _balanced,
-    _unscaled,
+    _folded,
+    _Inputs,
+    _Net,
+    _scale,
     fit_probe,
     fit_thresholds,
     gate_measurements,
@@ -27,11 +27,10 @@ from calibration.gate_fit import (
 )
 from calibration.prompts import Label, Prompt, Stratum
 from guard.errors import InputError
+from guard.probe import pool_message, probe_scores, project
 
 N_LAYERS, D_MODEL = 4, 16
-MESSAGE_LAYER, TEMPLATE_LAYER, WINDOW = 2, 1, (2, 3)
-# A probe that reads one number, so that a prompt's hidden state is its score.
-IDENTITY = Probe(Read(0, (0,), torch.ones(1)), Read(0, (0,), torch.zeros(1)), 0.0, 1.0)
+MESSAGE_LAYER, TEMPLATE_LAYER, WINDOW = 2, 1, (1, 2)
 
 
 def prompts(label: Label, stratum: Stratum, n: int) -> list[Prompt]:
@@ -40,32 +39,42 @@ def prompts(label: Label, stratum: Stratum, n: int) -> list[Prompt]:
     ]
 
 
-def scored(harmful: Tensor, ordinary: Tensor, hard: Tensor) -> Labelled:
-    """Prompts whose scores under `IDENTITY` are the given numbers."""
+def scored(harmful: Tensor, ordinary: Tensor, hard: Tensor) -> Scored:
+    """Prompts with these scores."""
     everything = [
         *prompts("harmful", "ordinary", len(harmful)),
         *prompts("benign", "ordinary", len(ordinary)),
         *prompts("benign", "hard", len(hard)),
     ]
-    return Labelled(everything, torch.cat([harmful, ordinary, hard]).reshape(-1, 1, 1, 1))
+    return Scored(everything, torch.cat([harmful, ordinary, hard]))
 
 
 def planted(n: int, seed: int) -> Labelled:
-    """3 n prompts; half of harm shows in the message, half behind it, each at its own layer."""
+    """3 n prompts; half of harm shows in one token of the message, half in the template behind it.
+
+    Messages are of many lengths, and every message has a token that looks the same but for its
+    direction, so that a mean over tokens hardly tells.
+    """
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(3 * n, N_LAYERS, 5, D_MODEL, generator=generator)
-    hidden[:n:2, MESSAGE_LAYER, 0, 5] += 5.0
-    hidden[1:n:2, TEMPLATE_LAYER, WINDOW, 7] += 5.0
+    ends = torch.randn(3 * n, N_LAYERS, 4, D_MODEL, generator=generator)
+    lengths = torch.randint(2, 9, (3 * n,), generator=generator)
+    tokens = torch.randn(int(lengths.sum()), D_MODEL, generator=generator)
+    starts = lengths.cumsum(0) - lengths
+    tokens[starts, 3] += 6.0  # what the attention can find
+    tokens[starts[:n:2], 5] += 6.0
+    ends[1:n:2, TEMPLATE_LAYER, WINDOW, 7] += 4.0
+    noise = torch.randn(tokens.shape, generator=generator)
     everything = [
         *prompts("harmful", "ordinary", n),
         *prompts("benign", "ordinary", n),
         *prompts("benign", "hard", n),
     ]
-    return Labelled(everything, hidden)
+    messages = Messages({MESSAGE_LAYER: tokens, 0: noise}, lengths)
+    return Labelled(everything, range(N_LAYERS), ends, messages)
 
 
 @pytest.mark.parametrize(
-    ("n_suffix", "window"), [(1, (1,)), (2, (1,)), (3, (2,)), (4, (2, 3)), (5, (2, 3))]
+    ("n_suffix", "window"), [(1, (0,)), (2, (0,)), (3, (1,)), (4, (1, 2)), (5, (1, 2))]
 )
 def test_the_window_leaves_two_template_tokens_behind_it_where_there_are_so_many(
     n_suffix: int, window: tuple[int, ...]
@@ -73,39 +82,91 @@ def test_the_window_leaves_two_template_tokens_behind_it_where_there_are_so_many
     assert template_window(n_suffix) == window
 
 
-def test_the_probe_finds_both_layers_and_the_coordinates_that_carry_harm() -> None:
-    probe = fit_probe(planted(80, 0), planted(60, 1), range(N_LAYERS), WINDOW, seed=0)
-    assert (probe.message.layer, probe.message.window) == (MESSAGE_LAYER, (0,))
-    assert (probe.template.layer, probe.template.window) == (TEMPLATE_LAYER, WINDOW)
-    assert int(probe.message.weight.argmax()) == 5
-    assert int(probe.template.weight.argmax()) == 7
+def test_the_probe_finds_both_layers_and_what_tells_harm_there() -> None:
+    probe = fit_probe(planted(150, 0), planted(80, 1), range(N_LAYERS), WINDOW, seed=0)
+    assert probe.message_layer == MESSAGE_LAYER
+    assert (probe.template_layer, probe.window) == (TEMPLATE_LAYER, WINDOW)
     assert probe.validation_auroc > 0.95
-    unseen = planted(60, 2)
+    unseen = planted(80, 2)
     scores = probe.scores(unseen)
-    assert float(scores[unseen.mask("harmful")].min()) > float(
-        scores[unseen.mask("benign")].median()
+    harmful, benign = scores[unseen.mask("harmful")], scores[unseen.mask("benign")]
+    assert float((harmful[:, None] > benign[None]).float().mean()) > 0.95
+
+
+def test_attention_beats_the_mean_where_one_token_tells() -> None:
+    train, validation = planted(150, 0), planted(80, 1)
+    mean = [
+        replace(data, messages=Messages({MESSAGE_LAYER: data.message(MESSAGE_LAYER)}, ones))
+        for data in (train, validation)
+        for ones in [torch.ones(len(data.prompts), dtype=torch.int64)]
+    ]
+    attending = fit_probe(train, validation, range(N_LAYERS), WINDOW, seed=0)
+    averaging = fit_probe(*mean, range(N_LAYERS), WINDOW, seed=0)
+    assert attending.validation_auroc > averaging.validation_auroc
+
+
+def test_a_probe_without_messages_reads_the_template_alone() -> None:
+    train, validation = (replace(planted(60, seed), messages=None) for seed in (0, 1))
+    probe = fit_probe(train, validation, range(N_LAYERS), WINDOW, seed=0)
+    assert probe.message_layer is None
+    assert probe.probe.message is None
+    assert probe.template_layer == TEMPLATE_LAYER
+    assert 0.6 < probe.validation_auroc < 0.9  # the other half of harm does not show there
+
+
+def test_a_probe_that_reads_messages_asks_for_them() -> None:
+    probe = fit_probe(planted(40, 0), planted(40, 1), range(N_LAYERS), WINDOW, seed=0)
+    with pytest.raises(InputError, match="come without theirs"):
+        probe.scores(replace(planted(40, 2), messages=None))
+
+
+def test_a_fit_is_the_same_for_a_seed_and_leaves_torchs_own_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second = (
+        fit_probe(planted(40, 0), planted(40, 1), range(N_LAYERS), WINDOW, seed=3) for _ in range(2)
     )
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, tensor in first.probe.tensors.items():
+        assert torch.equal(tensor, second.probe.tensors[name])
+
+
+def test_folding_the_standardisation_into_the_weights_is_exact() -> None:
+    data = planted(40, 0)
+    inputs = _Inputs.of(data, TEMPLATE_LAYER, WINDOW, MESSAGE_LAYER, "cpu")
+    inputs = _Inputs(5.0 + 3.0 * inputs.template, 2.0 * inputs.message - 7.0, inputs.owner)
+    torch.manual_seed(0)
+    net = _Net(D_MODEL, True)
+    torch.nn.init.normal_(net.query)
+    template, message = _scale(inputs.template), _scale(inputs.message)
+    expected = net(inputs.standard(template, message), 0.0)
+    probe = _folded(dict(net.named_parameters()), template, message)
+    lengths = data.messages.lengths
+    projected = project(inputs.message, probe.message).split(lengths.tolist())
+    width = int(lengths.max())
+    rows = torch.stack([torch.nn.functional.pad(p, (0, 0, 0, width - len(p))) for p in projected])
+    pooled = pool_message(rows, torch.arange(width) < lengths.unsqueeze(1), probe.n_heads)
+    found = probe_scores(probe, project(inputs.template, probe.template), pooled)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_mean_what_they_say() -> None:
+    """Of unseen prompts with a score near s, about σ(s) are harmful, at equal weights."""
+    probe = fit_probe(planted(200, 0), planted(200, 1), range(N_LAYERS), WINDOW, seed=0)
+    unseen = planted(400, 2)
+    chance = probe.scores(unseen).sigmoid()
+    weights = torch.tensor(_balanced(unseen))
+    for low, high in ((0.0, 0.5), (0.5, 1.0)):
+        inside = (chance >= low) & (chance < high)
+        w = weights[inside]
+        said = float((w * chance[inside]).sum() / w.sum())
+        true = float((w * unseen.harmful[inside]).sum() / w.sum())
+        assert said == pytest.approx(true, abs=0.06)
 
 
 def test_a_probe_needs_at_least_one_layer() -> None:
     with pytest.raises(InputError):
         fit_probe(planted(10, 0), planted(10, 1), [], WINDOW, seed=0)
-
-
-@settings(max_examples=20)
-@given(st.integers(0, 200), st.floats(0.01, 100.0), st.floats(-50.0, 50.0))
-def test_folding_the_scaler_into_the_weights_is_exact(
-    seed: int, spread: float, offset: float
-) -> None:
-    rng = np.random.default_rng(seed)
-    features = rng.normal(offset, spread, (60, 8))
-    labels = features[:, 0] > offset + 0.2 * spread * rng.normal(size=60)
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1)).fit(features, labels)
-    weight, bias = _unscaled(model)
-    folded = torch.tensor(features).float() @ weight + bias
-    expected = torch.tensor(model.decision_function(features)).float()
-    size = float((torch.tensor(features).float().abs() @ weight.abs()).max()) + abs(bias)
-    torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-5 * size + 1e-6)
 
 
 @given(st.integers(1, 50), st.integers(0, 50), st.integers(0, 50))
@@ -139,7 +200,7 @@ def test_conformal_thresholds_cover_what_they_promise() -> None:
     raised, lowered = [], []
     for _ in range(400):
         data = scored(draw(2.0, n), draw(-6.0, n), draw(0.0, n))
-        fit = fit_thresholds(IDENTITY, data, alpha, delta)
+        fit = fit_thresholds(data, alpha, delta)
         assert fit.lower_below is not None
         raised.append(float((draw(0.0, fresh) > fit.raise_above).float().mean()))
         lowered.append(float((draw(2.0, fresh) < fit.lower_below).float().mean()))
@@ -157,7 +218,7 @@ def test_the_raise_threshold_holds_for_the_worst_stratum(
     ordinary = torch.randn(n_ordinary, generator=generator)
     hard = torch.randn(n_hard, generator=generator) + 1.0
     harmful = torch.randn(n_harmful, generator=generator) + 2.0
-    fit = fit_thresholds(IDENTITY, scored(harmful, ordinary, hard), 0.05, 0.05)
+    fit = fit_thresholds(scored(harmful, ordinary, hard), 0.05, 0.05)
     for scores in (ordinary, hard):
         above = int((scores > fit.raise_above).sum())
         assert above <= math.floor(0.05 * (len(scores) + 1))
@@ -175,12 +236,12 @@ def test_the_raise_threshold_holds_for_the_worst_stratum(
 def test_too_few_benign_prompts_for_alpha_say_how_many_would_do() -> None:
     data = scored(torch.zeros(40), torch.zeros(18), torch.zeros(40))
     with pytest.raises(InputError, match=r"alpha 0\.05 needs at least 19 prompts.*got 18"):
-        fit_thresholds(IDENTITY, data, 0.05, 0.05)
+        fit_thresholds(data, 0.05, 0.05)
 
 
 def test_too_few_harmful_prompts_close_the_lower_zone_and_the_note_names_delta() -> None:
     data = scored(torch.zeros(18), torch.zeros(40), torch.zeros(40))
-    fit = fit_thresholds(IDENTITY, data, 0.05, 0.05)
+    fit = fit_thresholds(data, 0.05, 0.05)
     assert fit.lower_below is None
     assert "needs at least 19 prompts" in fit.note
     assert "delta 0.05" in fit.note
@@ -188,21 +249,21 @@ def test_too_few_harmful_prompts_close_the_lower_zone_and_the_note_names_delta()
 
 def test_a_stratum_that_is_missing_takes_no_part() -> None:
     data = scored(torch.full((40,), 9.0), torch.arange(40.0), torch.empty(0))
-    fit = fit_thresholds(IDENTITY, data, 0.05, 0.05)
+    fit = fit_thresholds(data, 0.05, 0.05)
     assert fit.raise_above == 38.0  # the ⌈41 · 0.95⌉ = 39th smallest
     assert fit.n_by_stratum["hard benign"] == 0
 
 
 def test_measurements_count_the_prompts_beyond_the_thresholds() -> None:
     calibration = scored(torch.full((40,), 5.0), torch.zeros(40), torch.arange(40.0))
-    fit = fit_thresholds(IDENTITY, calibration, 0.05, 0.05)
+    fit = fit_thresholds(calibration, 0.05, 0.05)
     assert (fit.raise_above, fit.lower_below) == (38.0, 5.0)
     test = scored(
         torch.tensor([0.0, 50.0, 50.0, 50.0]),
         torch.tensor([0.0, 0.0]),
         torch.tensor([0.0, 40.0]),
     )
-    found = gate_measurements(IDENTITY, fit, test, seed=0)
+    found = gate_measurements(fit, test, seed=0)
     assert (found["harmful_above_raise"].value, found["harmful_above_raise"].n) == (0.75, 4)
     assert found["harmful_below_lower"].value == 0.25
     assert found["hard_benign_above_raise"].value == 0.5

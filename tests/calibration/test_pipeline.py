@@ -25,12 +25,11 @@ from PIL import Image
 from safetensors.torch import save as save_tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from calibration.capture import WorkFolder, capture_hidden
+from calibration.capture import WorkFolder, capture
 from calibration.causal import Sign
 from calibration.config import CalibrationConfig
 from calibration.evaluate import answer_pairs, compare
 from calibration.frontier import FrontierPoint
-from calibration.gate_fit import Labelled
 from calibration.html_report import html_page, worth_reading
 from calibration.pipeline import CalibrationResult, calibrate, calibrate_subject, gather_prompts
 from calibration.progress import Progress, Silent
@@ -131,10 +130,10 @@ def subject(done: Done) -> TransformersSubject:
 def tensors(artifact: CarrierArtifact) -> dict[str, torch.Tensor]:
     found = {
         "raise": artifact.raise_carrier.basis,
-        "probe": artifact.probe_weight,
         "ids": artifact.refusal_token_ids,
         "weights": artifact.refusal_token_weights,
     }
+    found |= {f"probe {name}": tensor for name, tensor in artifact.probe.tensors.items()}
     if artifact.lower_carrier is not None:
         found["lower"] = artifact.lower_carrier.basis
     return found
@@ -268,8 +267,9 @@ def test_thresholds_are_the_conformal_quantiles_of_the_calibration_split(done: D
     model = AutoModelForCausalLM.from_pretrained(done.config.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(done.config.model)
     scores: dict[str, list[float]] = {"ordinary": [], "hard": [], "harmful": []}
-    weight = done.artifact.message_weight
-    assert weight is not None
+    probe = done.artifact.probe
+    assert probe.message is not None
+    assert probe.hidden is not None
     assert gate.message is not None
     n_before = tokenizer.apply_chat_template(
         [{"role": "user", "content": ""}], return_dict=True, add_generation_prompt=True
@@ -284,10 +284,13 @@ def test_thresholds_are_the_conformal_quantiles_of_the_calibration_split(done: D
         with torch.no_grad():
             hidden = model(ids, output_hidden_states=True).hidden_states
         first, last = n_before, ids.shape[1] - len(gate.message.suffix_ids)
-        message = hidden[gate.message.layer][0, first:last].mean(0) @ weight
-        read = hidden[gate.layer][0, last - 1] @ done.artifact.probe_weight
+        tokens = hidden[gate.message.layer][0, first:last] @ probe.message.T
+        attention, values = tokens[:, : probe.n_heads].softmax(0), tokens[:, probe.n_heads :]
+        read = hidden[gate.layer][0, last - 1] @ probe.template.T
+        features = torch.cat([(attention.T @ values).flatten(), read, torch.ones(1)])
+        units = torch.nn.functional.gelu(probe.hidden @ features)
         group = "harmful" if prompt.label == "harmful" else prompt.stratum
-        scores[group].append(float(message + read + gate.bias))
+        scores[group].append(float(probe.out @ torch.cat([units, torch.ones(1)])))
 
     def upper(values: list[float], level: float) -> float:
         rank = -int(-(len(values) + 1) * (1 - level) // 1)  # rounded up
@@ -314,11 +317,11 @@ def test_reported_rates_are_those_of_the_test_split(
         assert {pair.prompt for pair in pairs} <= texts
     found = done.artifact.manifest.gate.measurements
     harmful = [p for p in test if p.label == "harmful"]
-    hidden = capture_hidden(
-        subject, harmful, 4, 0, 32, WorkFolder(tmp_path / "w", "x"), "test", Silent()
+    captured = capture(
+        subject, harmful, range(4), range(4), 32, WorkFolder(tmp_path / "w", "x"), "test", Silent()
     )
     gate = done.artifact.manifest.gate
-    scores = done.result.probe.scores(Labelled(harmful, hidden))
+    scores = done.result.probe.scores(captured)
     share = float((scores > gate.raise_above).float().mean())
     assert found["harmful_above_raise"].n == len(harmful)
     assert found["harmful_above_raise"].value == pytest.approx(share)

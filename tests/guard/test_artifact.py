@@ -37,9 +37,10 @@ from guard.artifact import (
 )
 from guard.errors import ArtifactError, ModelMismatchError
 from guard.gate import Thresholds
+from guard.probe import Probe, linear_probe
 from guard.steering import Carrier
 
-GOLDEN_SHA256 = "990b429a990a5b5928f68249b6e4ebf8301e503731a33ba85b5172f67165a667"
+GOLDEN_SHA256 = "27dcd619666c4ab48d70b2a5003708d010e811db7b8470e22756ea2cda67c8c0"
 """Of `small_artifact` as a file. If it changes, files of other releases no longer load: raise
 `FORMAT_VERSION`."""
 
@@ -79,7 +80,7 @@ def small_artifact() -> CarrierArtifact:
         lower_carrier=CarrierSpec(layer=1, kind="affine", family="subspace", norm_share=0.25),
         gate=GateSpec(
             layer=2,
-            bias=-0.5,
+            n_hidden=2,
             instruction_suffix_ids=[3, 4],
             raise_above=1.5,
             lower_below=-1.5,
@@ -89,7 +90,9 @@ def small_artifact() -> CarrierArtifact:
             delta=0.05,
             n_by_stratum={"harmful": 60},
             measurements={"auroc": interval},
-            message=MessageRead(layer=1, suffix_ids=[7, 3, 4], opening_ids=[6], width=64),
+            message=MessageRead(
+                layer=1, n_heads=1, suffix_ids=[7, 3, 4], opening_ids=[6], width=64
+            ),
         ),
         refusal_examples=['I\'m sorry, "no". \u00e9', '"file_sha256": "' + "e" * 64 + '"'],
         controls={"shift": interval},
@@ -99,25 +102,33 @@ def small_artifact() -> CarrierArtifact:
         manifest,
         raise_carrier=Carrier.additive(2, torch.arange(8.0) / 8),
         lower_carrier=Carrier(1, "affine", torch.eye(8)[:2], torch.tensor([0.5, -0.25])),
-        probe_weight=torch.arange(8.0) - 4,
+        probe=Probe(
+            template=(torch.arange(8.0) - 4).unsqueeze(0),
+            out=torch.tensor([0.5, -1.0, 0.25]),
+            message=torch.arange(16.0).reshape(2, 8) / 4,
+            n_heads=1,
+            hidden=torch.tensor([[1.0, -1.0, 0.5], [0.25, 2.0, 0.0]]),
+        ),
         refusal_token_ids=torch.tensor([5, 9]),
         refusal_token_weights=torch.tensor([1.0, 0.75]),
-        message_weight=torch.arange(8.0) / 4,
     )
 
 
 def tensors_of(artifact: CarrierArtifact) -> dict[str, torch.Tensor]:
     """The tensors under the names that they have in the file."""
-    lower, message = artifact.lower_carrier, artifact.message_weight
+    lower, probe = artifact.lower_carrier, artifact.probe
     assert lower is not None
-    assert message is not None
+    assert probe.message is not None
+    assert probe.hidden is not None
     return {
-        "probe.message": message,
+        "probe.message": probe.message,
+        "probe.hidden": probe.hidden,
         "raise.basis": artifact.raise_carrier.basis,
         "raise.target": artifact.raise_carrier.target,
         "lower.basis": lower.basis,
         "lower.target": lower.target,
-        "probe.weight": artifact.probe_weight,
+        "probe.template": probe.template,
+        "probe.out": probe.out,
         "refusal.token_ids": artifact.refusal_token_ids,
         "refusal.token_weights": artifact.refusal_token_weights,
     }
@@ -251,7 +262,7 @@ def test_carriers_that_share_memory_are_saved_all_the_same(tmp_path: Path) -> No
         whole,
         raise_carrier=Carrier(2, "add", rows[:1], torch.empty(0)),
         lower_carrier=Carrier(1, "affine", rows[:2], torch.zeros(2)),
-        probe_weight=rows[0],
+        probe=replace(whole.probe, template=rows[:1], message=rows[:2]),
     )
     save_artifact(shared, tmp_path / "guard")
     assert_equal(load_artifact(tmp_path / "guard"), shared)
@@ -262,10 +273,12 @@ def test_what_would_not_load_is_not_saved(path: Path) -> None:
     whole = small_artifact()
     unfit = [
         replace(whole, lower_carrier=None),
-        replace(whole, probe_weight=torch.full((8,), torch.nan)),
-        replace(whole, probe_weight=torch.zeros(9)),
-        replace(whole, message_weight=torch.zeros(9)),
-        replace(whole, message_weight=None),
+        replace(whole, probe=replace(whole.probe, out=torch.full((3,), torch.nan))),
+        replace(whole, probe=replace(whole.probe, template=torch.zeros(1, 9))),
+        replace(whole, probe=replace(whole.probe, message=torch.zeros(1, 8))),
+        replace(whole, probe=replace(whole.probe, message=None)),
+        replace(whole, probe=replace(whole.probe, hidden=None)),
+        replace(whole, probe=linear_probe(torch.zeros(8))),
         replace(whole, refusal_token_ids=torch.tensor([5, 32])),
     ]
     for artifact in unfit:
@@ -276,7 +289,7 @@ def test_what_would_not_load_is_not_saved(path: Path) -> None:
 
 def test_a_full_disk_leaves_the_old_file_as_it_was_and_nothing_beside_it(path: Path) -> None:
     before = path.read_bytes()
-    other = replace(small_artifact(), probe_weight=torch.ones(8))
+    other = replace(small_artifact(), probe=replace(small_artifact().probe, out=torch.ones(3)))
     for n_bytes in (0, 100, len(before) - 1):
         with (
             largest_file(n_bytes),
@@ -361,7 +374,7 @@ JSON = st.recursive(
     st.fixed_dictionaries(
         {"__metadata__": st.fixed_dictionaries({"trimtab": JSON | JSON.map(json.dumps)}) | JSON},
         optional={
-            "probe.weight": st.fixed_dictionaries(
+            "probe.out": st.fixed_dictionaries(
                 {
                     "dtype": st.sampled_from(["F32", "F16", "F8_E5M2", "I64", "BOOL", "U16", "?"]),
                     "shape": st.lists(st.integers(0, 3), max_size=3),
@@ -463,11 +476,11 @@ def test_a_guard_without_its_checksum_or_with_two_is_refused(path: Path) -> None
             load_artifact(path)
 
 
-@pytest.mark.parametrize("version", [2, 0, True, "1", 1.0, None, [1]])
+@pytest.mark.parametrize("version", [1, 3, 0, True, "2", 2.0, None, [2]])
 def test_another_format_version_is_told_with_what_to_do(tmp_path: Path, version: object) -> None:
     fields = {**fields_of(small_artifact()), "format_version": version}
     forged = forge(tmp_path / "guard", fields, tensors_of(small_artifact()))
-    with pytest.raises(ArtifactError, match=r"this build reads 1; re-run `trimtab calibrate`"):
+    with pytest.raises(ArtifactError, match=r"this build reads 2; re-run `trimtab calibrate`"):
         load_artifact(forged)
 
 
@@ -487,7 +500,7 @@ def test_a_missing_format_version_and_a_manifest_that_is_no_object_are_refused(
     [
         (("unknown",), 1),
         (("gate", "unknown"), 1),
-        (("gate", "bias"), float("nan")),
+        (("gate", "raise_above"), float("nan")),
         (("gate", "raise_above"), float("inf")),
         (("gate", "lower_below"), "low"),
         (("gate", "layer"), -1),
@@ -521,7 +534,7 @@ def test_a_manifest_field_that_is_wrong_is_named(
         (("raise_carrier", "kind"), "affine", "raise.target: .* does not fit kind affine"),
         (("lower_carrier", "kind"), "add", "lower.target: .* does not fit kind add"),
         (("lower_carrier",), None, "tensors .*, expected"),
-        (("model", "d_model"), 9, "probe.weight: .*, expected .9,."),
+        (("model", "d_model"), 9, "probe.template: .*, expected"),
         (("model", "vocab_size"), 9, "refusal.token_ids: outside 0…8"),
     ],
 )
@@ -542,13 +555,13 @@ def test_a_manifest_that_does_not_fit_the_tensors_is_refused(
     ("name", "tensor", "message"),
     [
         ("extra", torch.zeros(1), "tensors .*'extra'.*, expected"),
-        ("probe.weight", None, "tensors .*, expected .*'probe.weight'"),
+        ("probe.out", None, "tensors .*, expected .*'probe.out'"),
         ("lower.target", None, "tensors .*, expected .*'lower.target'"),
         ("raise.basis", torch.zeros(1, 8).half(), "torch.float16, expected torch.float32"),
         ("refusal.token_ids", torch.zeros(2), "torch.float32, expected torch.int64"),
         ("raise.basis", torch.full((1, 8), torch.nan), "raise.basis: holds NaN or infinite"),
         ("lower.target", torch.tensor([torch.inf, 0]), "lower.target: holds NaN or infinite"),
-        ("probe.weight", torch.full((8,), -torch.inf), "probe.weight: holds NaN or infinite"),
+        ("probe.out", torch.full((3,), -torch.inf), "probe.out: holds NaN or infinite"),
         ("refusal.token_weights", torch.full((2,), torch.nan), "holds NaN or infinite"),
         ("raise.basis", torch.zeros(8), "raise.basis: .*expected"),
         ("raise.basis", torch.zeros(1, 9), "raise.basis: .*expected"),
@@ -556,7 +569,10 @@ def test_a_manifest_that_does_not_fit_the_tensors_is_refused(
         ("lower.basis", torch.zeros(9, 8), "lower.basis: .*expected"),
         ("raise.basis", torch.zeros(2, 8), "raise.target: .* does not fit kind add"),
         ("lower.target", torch.zeros(3), "lower.target: .* does not fit kind affine"),
-        ("probe.weight", torch.zeros(1, 8), "probe.weight: .*expected"),
+        ("probe.template", torch.zeros(8), "probe.template: .*expected"),
+        ("probe.hidden", torch.zeros(2, 4), "probe.hidden: .*expected"),
+        ("probe.hidden", torch.zeros(3, 3), "probe.(hidden|out): .*expected"),
+        ("probe.out", torch.zeros(4), "probe.out: .*expected"),
         ("refusal.token_ids", torch.tensor([5]), "two equal, non-empty lists"),
         ("refusal.token_ids", torch.tensor([[5, 9]]), "two equal, non-empty lists"),
         ("refusal.token_ids", torch.tensor([5, 32]), "refusal.token_ids: outside 0…31"),

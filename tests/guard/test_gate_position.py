@@ -1,9 +1,8 @@
 """Where the probe reads: the token before the instruction suffix."""
 
 import pytest
-import torch
 
-from guard.gate import gate_position, gate_positions, message_positions, pooled_scores
+from guard.gate import gate_position, gate_positions, message_positions
 
 
 def test_probe_reads_the_token_before_the_last_instruction_suffix() -> None:
@@ -45,14 +44,3 @@ def test_the_message_is_what_stands_between_opening_and_suffix(
     prompt: list[int], width: int, places: list[int]
 ) -> None:
     assert message_positions(prompt, SUFFIX, OPENING, width) == places
-
-
-def test_pooled_scores_are_means_of_single_ones_whatever_the_padding_holds() -> None:
-    hidden = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
-    hidden[1, :3] = torch.nan  # padding
-    weight = torch.tensor([1.0, -2.0, 0.5, 3.0])
-    found = pooled_scores(hidden, [[-5, -4, -2], [-1]], weight)
-    assert float(found[0]) == pytest.approx(float((hidden[0, [1, 2, 4]] @ weight).mean()), abs=1e-5)
-    assert float(found[1]) == pytest.approx(float(hidden[1, 5] @ weight), abs=1e-5)
-    hidden[1, 5, 0] = torch.nan
-    assert bool(pooled_scores(hidden, [[-1], [-1]], weight)[1].isnan())

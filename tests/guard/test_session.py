@@ -16,6 +16,7 @@ from guard.errors import BudgetError, NotArmedError
 from guard.gate import GateReading, Zone
 from guard.kl import mix_within_budget
 from guard.policy import Policy
+from guard.probe import linear_probe
 from guard.refusal import Verdict
 from guard.session import GuardSession, Record, shadow_due
 from guard.steering import Carrier
@@ -52,7 +53,6 @@ def make_guard(lower: bool = True) -> CarrierArtifact:
         lower_carrier=carrier if lower else None,
         gate=GateSpec(
             layer=1,
-            bias=0.0,
             instruction_suffix_ids=[1],
             raise_above=1.0,
             lower_below=-1.0 if lower else None,
@@ -68,7 +68,7 @@ def make_guard(lower: bool = True) -> CarrierArtifact:
         manifest,
         raise_carrier=Carrier.additive(1, direction),
         lower_carrier=Carrier.additive(1, -direction) if lower else None,
-        probe_weight=torch.ones(4),
+        probe=linear_probe(torch.ones(4)),
         refusal_token_ids=torch.tensor([3]),
         refusal_token_weights=torch.ones(1),
     )

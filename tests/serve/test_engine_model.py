@@ -22,6 +22,7 @@ from guard.errors import GuardError
 from guard.gate import Zone, message_positions
 from guard.identity import model_identity
 from guard.policy import Policy
+from guard.probe import Probe
 from guard.reading import gate_scores
 from guard.session import GuardSession
 from guard.shadow import BaseStep, ShadowModel
@@ -122,10 +123,9 @@ def _make_guard(bare: Subject) -> CarrierArtifact:
         lower_carrier=spec(LOWER_LAYER),
         gate=GateSpec(
             layer=GATE_LAYER,
-            bias=0.0,
             instruction_suffix_ids=suffix,
             message=MessageRead(
-                layer=MESSAGE_LAYER, suffix_ids=suffix, opening_ids=opening, width=64
+                layer=MESSAGE_LAYER, n_heads=1, suffix_ids=suffix, opening_ids=opening, width=64
             ),
             raise_above=0.0,
             lower_below=0.0,
@@ -141,10 +141,14 @@ def _make_guard(bare: Subject) -> CarrierArtifact:
         manifest,
         raise_carrier=Carrier.additive(RAISE_LAYER, difference(RAISE_LAYER, -1)),
         lower_carrier=Carrier.additive(LOWER_LAYER, -difference(LOWER_LAYER, -1)),
-        probe_weight=probe / probe.norm(),
+        probe=Probe(
+            template=(probe / probe.norm()).unsqueeze(0),
+            out=torch.tensor([1.0, 1.0, 0.0]),
+            message=torch.stack([second / second.norm() / 4, second / second.norm()]),
+            n_heads=1,
+        ),
         refusal_token_ids=torch.tensor(first),
         refusal_token_weights=torch.ones(len(first)),
-        message_weight=second / second.norm(),
     )
     scores = [s for prompts, step in read.values() for s in gate_scores(guard, step, prompts)]
     low, high = torch.tensor(scores).quantile(torch.tensor([0.33, 0.67])).tolist()

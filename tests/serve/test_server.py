@@ -626,10 +626,10 @@ def test_fail_closed_may_be_asked_for_where_the_default_is_open(tiny: Tiny) -> N
     policy = Policy.model_validate(
         {"on_failure": "open", "policies": {"closed": {"on_failure": "closed"}}}
     )
-    probe = tiny.artifact.probe_weight
-    sick = replace(tiny, artifact=replace(tiny.artifact, probe_weight=probe.clone()))
+    probe = tiny.artifact.probe.map(lambda tensor: tensor.clone())
+    sick = replace(tiny, artifact=replace(tiny.artifact, probe=probe))
     with serving(sick, policy) as served:
-        sick.artifact.probe_weight.fill_(float("nan"))  # after the canary: the gate cannot be read
+        sick.artifact.probe.out.fill_(float("nan"))  # after the canary: the gate cannot be read
         body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 2}
         assert served.post("chat/completions", json=body).status_code == 200
         assert served.sample("trimtab_errors_total", kind="unguarded") == 1

@@ -751,7 +751,7 @@ def test_a_gate_that_cannot_compute_does_not_pass_for_harmless(tiny: Tiny) -> No
     engine = tiny.engine(artifact=guard)
 
     async def run() -> Answer:
-        guard.probe_weight.fill_(float("nan"))
+        guard.probe.out.fill_(float("nan"))
         return await ask(engine, GenerationRequest("r", tiny.ids("ask paint car"), GREEDY))
 
     answer = with_engine(engine, run)
@@ -1075,7 +1075,7 @@ def test_a_marker_that_the_tokenizer_does_not_tell_stops_the_start(tiny: Tiny) -
 
 def test_a_score_that_is_not_finite_fails_before_any_thinking(tiny: Tiny) -> None:
     guard = tiny.own_guard()
-    guard.probe_weight[0] = float("nan")
+    guard.probe.template[0, 0] = float("nan")
     _, [answer] = run_batch(
         tiny.model, tiny.tokenizer, guard, Policy(), requests([tiny.ids("ask paint car")])
     )

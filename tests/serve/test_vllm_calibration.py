@@ -207,7 +207,6 @@ def test_a_whole_calibration_over_it_finds_the_same_guard(calibrated: Calibrated
     assert (same.layer, same.instruction_suffix_ids) == (gate.layer, gate.instruction_suffix_ids)
     assert same.raise_above == pytest.approx(gate.raise_above, abs=1e-3)
     torch.testing.assert_close(other.raise_carrier.basis, mine.raise_carrier.basis)
-    torch.testing.assert_close(other.probe_weight, mine.probe_weight, atol=1e-4, rtol=1e-3)
     assert torch.equal(other.refusal_token_ids, mine.refusal_token_ids)
     assert same.measurements.keys() == gate.measurements.keys()
     for name, value in same.measurements.items():

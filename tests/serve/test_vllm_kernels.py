@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before the start", allow_module_level=True)
 
-from guard.gate import probe_score
 from guard.kl import kl_per_token, log_probs, mix_rows
+from guard.probe import project
 from serve import vllm_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy in the interpreter
@@ -101,13 +101,13 @@ def test_tokens_that_cannot_occur_stay_impossible() -> None:
     assert torch.allclose(found.outcome[:, 0], wanted.outcome[:, 0], rtol=3e-4)
 
 
-def test_scores_are_the_probes_and_go_to_their_slots() -> None:
+def test_projections_are_the_probes_and_go_to_their_slots() -> None:
     torch.manual_seed(3)
     hidden = torch.randn(6, 70).to(torch.bfloat16).to(DEVICE)
-    weight = torch.randn(70, device=DEVICE)
-    scores = torch.full((20,), float("nan"), device=DEVICE)
+    weight = torch.randn(5, 70, device=DEVICE)
+    kept = torch.full((20, 5), float("nan"), device=DEVICE)
     slots = torch.tensor([3, 19, 0, -1, 7, 8], device=DEVICE)
-    vllm_kernels.score_tokens(hidden, weight, 0.25, slots, scores)
-    kept = slots >= 0
-    assert torch.allclose(scores[slots[kept]], probe_score(hidden, weight, 0.25)[kept], atol=1e-4)
-    assert int(scores.isnan().sum()) == 15
+    vllm_kernels.project_tokens(hidden, weight, slots, kept)
+    there = slots >= 0
+    assert torch.allclose(kept[slots[there]], project(hidden, weight)[there], atol=1e-4)
+    assert int(kept.isnan().sum()) == 75
