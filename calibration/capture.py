@@ -178,7 +178,7 @@ def _capture_batch(
     message_layers: Sequence[int],
 ) -> dict[str, Tensor]:
     """Keep `ends` (n, len(layers), 1 + n_suffix, d_model) and `messages` (layers, tokens, d)."""
-    step = subject.prefill(prompts, sorted({*layers, *message_layers}))
+    states = subject.states(prompts, sorted({*layers, *message_layers}))
     places = [
         [
             place - len(ids)
@@ -192,13 +192,13 @@ def _capture_batch(
     n_suffix = len(subject.suffix_ids)
     ends = []
     for layer in layers:
-        hidden = step.resid_pre[layer].cpu()
+        hidden = states[layer].cpu()
         suffix = hidden[:, hidden.shape[1] - n_suffix :]
         ends.append(torch.cat([hidden[rows, last].unsqueeze(1), suffix], 1))
     lengths = torch.tensor([len(p) for p in places])
     owner = torch.arange(len(prompts)).repeat_interleave(lengths)
     at = torch.tensor([place for p in places for place in p])
-    messages = [step.resid_pre[layer].cpu()[owner, at] for layer in message_layers]
+    messages = [states[layer].cpu()[owner, at] for layer in message_layers]
     return {
         "ends": torch.stack(ends, 1),
         "messages": torch.stack(messages) if messages else torch.empty(0),

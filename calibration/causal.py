@@ -8,6 +8,7 @@ read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -292,7 +293,13 @@ def _effect(
     can_spend = float(full_kl.mean()) >= bench.safe_kl_nats
     dose, kl, dose_shift = 1.0, full_kl, full_shift
     if can_spend:
-        dose = _dose_at(base[:n_safe], delta[:n_safe], bench.safe_kl_nats, scratch[:n_safe])
+        dose = _dose_at(
+            base[:n_safe],
+            delta[:n_safe],
+            bench.safe_kl_nats,
+            float(full_kl.mean()),
+            scratch[:n_safe],
+        )
         mixed = _tilt(base, delta, dose, scratch)
         kl, dose_shift = mixed.kl_nats[:n_safe], shift(mixed)
     return Effect(
@@ -335,17 +342,28 @@ def _tilt(base: Tensor, delta: Tensor, dose: float, scratch: Tensor | None = Non
     return _Tilt(weights, total, (dose * mean - total.log()).clamp_min(0.0))
 
 
-def _dose_at(base: Tensor, delta: Tensor, nats: float, scratch: Tensor | None = None) -> float:
-    """The t in (0, 1] at which the mean KL over the rows is `nats`; it rises with t."""
-    low, high, t = 0.0, 1.0, 0.5
-    for _ in range(40):
+def _dose_at(
+    base: Tensor, delta: Tensor, nats: float, full_nats: float, scratch: Tensor | None = None
+) -> float:
+    """The t in (0, 1] at which the mean KL over the rows is `nats`; it rises with t.
+
+    Args:
+        base: (n_rows, vocab) log-probabilities.
+        delta: (n_rows, vocab) log p1 − log p0.
+        nats: wanted.
+        full_nats: the mean KL at t = 1, not less than `nats`.
+        scratch: as for `_tilt`.
+    """
+    low, high = 0.0, 1.0
+    known_t, known_kl, power = 1.0, full_nats, 2.0  # KL is nearly quadratic where t is small
+    for step in range(40):
+        aim = known_t * (nats / known_kl) ** (1.0 / power) if known_kl > 0 else 0.0
+        t = aim if low < aim < high and step % 4 != 3 else 0.5 * (low + high)
         kl = float(_tilt(base, delta, t, scratch).kl_nats.mean())
         if abs(kl - nats) <= 0.01 * nats:
             break
-        width = high - low
         low, high = (t, high) if kl < nats else (low, t)
-        # KL is nearly quadratic in t: aim with that, stay inside the bracket. Where it is steep
-        # instead, aims creep along one side; a bracket that was not halved is halved next.
-        aim = t * (nats / kl) ** 0.5 if kl > 0 else high
-        t = aim if low < aim < high and high - low <= 0.5 * width else 0.5 * (low + high)
+        if kl > 0 and known_kl > 0 and t != known_t:
+            power = max(0.1, math.log(kl / known_kl) / math.log(t / known_t))
+        known_t, known_kl = t, kl
     return t

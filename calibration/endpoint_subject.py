@@ -143,6 +143,10 @@ class EndpointSubject:
         """
         return self._capture(prompts, capture, len(self.suffix_ids) + 1)
 
+    def states(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> dict[int, Tensor]:
+        """Layer → (n_rows, len(suffix_ids) + 1, d_model): hidden states of the prompts' ends."""
+        return self.prefill(prompts, capture).resid_pre
+
     def shadow(self, step: BaseStep, rows: Sequence[int], layer: int, steered: Tensor) -> Tensor:
         """Steered logits of some rows of a step, (len(rows), vocab) float32.
 

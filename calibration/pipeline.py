@@ -71,6 +71,8 @@ __all__ = ["CalibrationResult", "calibrate", "calibrate_subject"]
 
 _MIN_REFUSALS = 8
 _SUBSPACE_SIZES = (2, 4)
+_DIRECTION_PROMPTS = 256
+"""Of each kind, from which directions are computed: twice what Arditi et al. 2024 take."""
 _MESSAGE_DEPTHS = (1 / 3, 5 / 12, 1 / 2)
 """Shares of the layers below which whole messages are captured: 8, 10 and 12 of 24."""
 _ALPHAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
@@ -234,32 +236,34 @@ def calibrate_subject(
     tokens, openings = learn_refusals(subject, heard, responses)
     clock.lap("listen")
 
-    # One forward pass over every prompt.
-    progress.stage("capture hidden states", len(prompts))
-    middle = range(max(1, n_layers // 4), max(2, (3 * n_layers) // 4 + 1), max(1, n_layers // 8))
+    # What do prompts look like from inside?
+    leading = [
+        *spread(splits.train, "harmful", None, _DIRECTION_PROMPTS),
+        *spread(splits.train, "benign", "ordinary", _DIRECTION_PROMPTS),
+    ]
+    progress.stage("capture hidden states", len(prompts) + len(leading))
+    middle = range(max(1, n_layers // 4), max(2, n_layers // 2 + 1), max(1, n_layers // 8))
     message_layers = sorted({max(1, round(share * n_layers)) for share in _MESSAGE_DEPTHS})
-    captured: dict[str, Labelled] = {}
-    for name in ("train", "validation", "calibration", "test"):
-        layers = range(n_layers) if name == "train" else middle
-        group = getattr(splits, name)
-        captured[name] = capture(
-            subject, group, layers, message_layers, config.batch_size, work, name, progress
-        )
+
+    def captured(
+        name: str, group: Sequence[Prompt], at: Sequence[int], of_message: Sequence[int]
+    ) -> Labelled:
+        return capture(subject, group, at, of_message, config.batch_size, work, name, progress)
+
+    directions = captured("directions", leading, range(n_layers), ())
+    train, validation, calibration, test = (
+        captured(name, getattr(splits, name), middle, message_layers)
+        for name in ("train", "validation", "calibration", "test")
+    )
     clock.lap("capture")
 
     # Who is flagged?
     progress.stage("fit gate", None)
     window = template_window(len(subject.suffix_ids) - subject.n_opening)
     device = config.device if config.endpoint is None else "cpu"
-    probe = fit_probe(
-        captured["train"], captured["validation"], middle, window, config.seed, device
-    )
-    held, test = (
-        Scored(captured[name].prompts, probe.scores(captured[name]))
-        for name in ("calibration", "test")
-    )
-    train = replace(captured.pop("train"), messages=None)
-    captured.clear()  # the messages are the larger part of what was kept, and were read
+    probe = fit_probe(train, validation, middle, window, config.seed, device)
+    held, unseen = (Scored(data.prompts, probe.scores(data)) for data in (calibration, test))
+    del train, validation, calibration, test  # gigabytes, and they have been read
     if probe.message_layer is None:
         notes.append(
             "the gate reads the template's tokens alone: the states of whole messages were not to"
@@ -271,15 +275,15 @@ def calibrate_subject(
     clock.lap("gate")
 
     # Which directions modulate refusal, at equal KL on safe prompts?
-    suffix = train.hidden[:, :, 1:]  # (n, n_layers, n_suffix, d_model)
+    suffix = directions.hidden[:, :, 1:]  # (n, n_layers, n_suffix, d_model)
     candidates = difference_in_means(
-        suffix[train.mask("harmful")], suffix[train.mask("benign", "ordinary")]
+        suffix[directions.mask("harmful")], suffix[directions.mask("benign", "ordinary")]
     )
     last = suffix[:, :, -1]
     candidates += category_subspaces(
-        last[train.mask("harmful")],
-        [p.category for p in train.prompts if p.label == "harmful"],
-        last[train.mask("benign", "ordinary")],
+        last[directions.mask("harmful")],
+        [p.category for p in directions.prompts if p.label == "harmful"],
+        last[directions.mask("benign", "ordinary")],
         _SUBSPACE_SIZES,
     )
     bench = make_bench(subject, splits, tokens, config)
@@ -333,12 +337,12 @@ def calibrate_subject(
     progress.stage("answer held-out prompts", None)
     tested = _test(draft, artifact, splits)
     clock.lap("test")
-    measurements = gate_measurements(thresholds, test, config.seed)
+    measurements = gate_measurements(thresholds, unseen, config.seed)
     for group, pairs in tested.items():
         rates = compare(pairs, config.seed)
         measurements |= {f"{group}_{name}": value for name, value in rates.items()}
-    harmful = suffix[train.mask("harmful")]
-    benign = suffix[train.mask("benign", "ordinary")]
+    harmful = suffix[directions.mask("harmful")]
+    benign = suffix[directions.mask("benign", "ordinary")]
     artifact = _with_measurements(
         artifact, measurements, _geometry(candidates, chosen, harmful, benign, config.seed)
     )
@@ -347,7 +351,7 @@ def calibrate_subject(
         effects,
         chosen,
         notes,
-        _scores_by_group(test),
+        _scores_by_group(unseen),
         probe,
         tested,
         clock.seconds,

@@ -53,6 +53,9 @@ class Subject(Protocol):
         It is kept at least of the tokens from the last of the instruction on: count from the end.
         """
 
+    def states(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> dict[int, Tensor]:
+        """`prefill(prompts, capture).resid_pre`, without what lies behind the last of them."""
+
     def shadow(self, step: BaseStep, rows: Sequence[int], layer: int, steered: Tensor) -> Tensor:
         """Steered logits of some rows of a step, (len(rows), vocab) float32."""
 

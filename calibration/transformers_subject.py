@@ -166,6 +166,15 @@ class TransformersSubject:
         Returns:
             A step whose `input_ids` are what follows the shared prefix.
         """
+        ids, mask, cache = self._inputs(prompts)
+        return self._runner.base(ids, mask, cache, capture)
+
+    def states(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> dict[int, Tensor]:
+        """`prefill(prompts, capture).resid_pre`, without what lies behind the last of them."""
+        return self._runner.states(*self._inputs(prompts), capture)
+
+    def _inputs(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Any]:
+        """Padded tokens behind the shared prefix, their mask, and its KV cache."""
         prefix = self._prefix
         shared = all(list(p[: len(prefix)]) == prefix and len(p) > len(prefix) for p in prompts)
         skip = len(prefix) if shared else 0
@@ -176,7 +185,7 @@ class TransformersSubject:
         mask = torch.tensor(
             [[1] * skip + [0] * (width - len(t)) + [1] * len(t) for t in tails], device=device
         )
-        return self._runner.base(ids, mask, self.prefix_cache(len(prompts), skip), capture)
+        return ids, mask, self.prefix_cache(len(prompts), skip)
 
     def prefix_cache(self, n_rows: int, n_tokens: int) -> Any:
         """A fresh KV cache for `n_rows` that holds the shared prefix, or nothing (0 tokens)."""

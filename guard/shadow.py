@@ -27,6 +27,11 @@ from guard.hooks import capture_inputs, enter_at, find_decoder_layers
 
 __all__ = ["BaseStep", "ShadowModel"]
 
+
+class _Enough(Exception):
+    """Leaves a forward pass."""
+
+
 _EXACT_CACHE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 
 
@@ -136,6 +141,37 @@ class ShadowModel:
         if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
             raise NumericsError("the base pass gave NaN or infinite logits")
         return BaseStep(logits, dict(seen), input_ids, attention_mask, position_ids, cache)
+
+    def states(
+        self, input_ids: Tensor, attention_mask: Tensor, cache: Any, capture: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """Run the model no further than to the last layer that is read.
+
+        Args:
+            input_ids: (n_rows, n_tokens), a left-padded prompt.
+            attention_mask: (n_rows, n_seen).
+            cache: a DynamicCache, of no use afterwards: the layers behind have not run.
+            capture: layers whose resid_pre is kept, at least one.
+
+        Returns:
+            layer → (n_rows, n_tokens, d_model), as `base` gives it.
+        """
+        _check_cache(cache, self.n_layers)
+        n_tokens = input_ids.shape[1]
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -n_tokens:]
+
+        def leave(*_: Any) -> None:
+            raise _Enough
+
+        with torch.inference_mode(), capture_inputs(self.layers, capture) as seen:
+            hook = self.layers[max(capture)].register_forward_pre_hook(leave)
+            try:
+                self._forward(input_ids, attention_mask, position_ids, cache)
+            except _Enough:
+                pass
+            finally:
+                hook.remove()
+        return dict(seen)
 
     @torch.inference_mode()
     def shadow(self, step: BaseStep, rows: Sequence[int], layer: int, steered: Tensor) -> Tensor:

@@ -161,6 +161,23 @@ def test_the_decoder_layers_are_found_and_their_inputs_are_the_hidden_states(nam
 
 
 @every_architecture
+def test_a_pass_that_stops_early_reads_what_a_whole_one_reads_and_leaves_no_trace(
+    name: str,
+) -> None:
+    model = build(name)
+    shadow_model = ShadowModel(model)
+    step, ids = next(steps(shadow_model))
+    for last in range(N_LAYERS):
+        cache = DynamicCache(config=model.config)
+        found = shadow_model.states(ids, step.attention_mask, cache, range(last + 1))
+        assert list(found) == list(range(last + 1))
+        for layer, states in found.items():
+            assert torch.equal(states, step.resid_pre[layer])
+    again, _ = next(steps(shadow_model))
+    assert torch.equal(again.logits, step.logits)
+
+
+@every_architecture
 def test_a_shadow_pass_is_the_full_forward_with_the_last_token_steered(name: str) -> None:
     model = build(name)
     shadow_model = ShadowModel(model)

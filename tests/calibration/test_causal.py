@@ -60,7 +60,7 @@ def test_the_dose_meets_the_price_within_a_few_percent(
     nats = share * whole
     if nats < 1e-3:  # nothing to be spent
         return
-    dose = _dose_at(base, delta, nats)
+    dose = _dose_at(base, delta, nats, whole)
     assert 0.0 < dose <= 1.0
     assert float(_tilt(base, delta, dose).kl_nats.mean()) == pytest.approx(nats, rel=0.02)
 

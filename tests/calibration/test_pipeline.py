@@ -41,7 +41,6 @@ from guard.artifact import CarrierArtifact, Interval, load_artifact, save_artifa
 from guard.errors import ArtifactError, NoAdmissibleCarrierError
 from guard.gate import Zone
 from guard.policy import Policy
-from guard.shadow import BaseStep
 from guard.steering import Carrier
 from tests.tiny_refuser import (
     REFUSAL_TEXT,
@@ -623,14 +622,16 @@ class Interrupted:
 
 
 class Counting(TransformersSubject):
-    """A subject that counts the prompts it has to run for their hidden states at all layers."""
+    """A subject that counts the prompts it has to run for their hidden states."""
 
     captured = 0
 
-    def prefill(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> BaseStep:
+    def states(
+        self, prompts: Sequence[Sequence[int]], capture: Sequence[int]
+    ) -> dict[int, torch.Tensor]:
         """Count, then run."""
-        self.captured += len(prompts) if len(capture) == self.identity.n_layers else 0
-        return super().prefill(prompts, capture)
+        self.captured += len(prompts)
+        return super().states(prompts, capture)
 
 
 BATCH = 16
@@ -702,7 +703,7 @@ def test_a_damaged_piece_is_computed_again(run: Run, tmp_path: Path, damage: str
     stop = ("capture hidden states", 3 * BATCH)
     with pytest.raises(KeyboardInterrupt):
         run(Interrupted(*stop))
-    [piece] = (tmp_path / "guard.safetensors.work").rglob("train-0001.piece")
+    [piece] = (tmp_path / "guard.safetensors.work").rglob("directions-0001.piece")
     before, good = pieces(piece.parent), piece.read_bytes()
     piece.write_bytes(
         {
