@@ -63,6 +63,7 @@ _LOWER_IF_REFUSAL_ABOVE = 0.1
 _CONFIRMED = 2
 _LAYERS_APART = 2
 _LAYERS_TRIED = 12
+_STARTS_APART = 4
 _CONFIRM_SCALES = (1.0, 2.0)
 _MOST_SPENT = 0.9
 _DOSES = torch.tensor([0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0])
@@ -157,7 +158,7 @@ def refined(
     starts: list[Candidate] = []
     for effect in sorted((e for e in effects if e.can_spend), key=lambda e: -e.shift_per_nat):
         candidate = effect.candidate
-        near = any(abs(candidate.layer - s.layer) < _LAYERS_APART for s in starts)
+        near = any(abs(candidate.layer - s.layer) < _STARTS_APART for s in starts)
         if not near and len(starts) < config.refine_layers:
             starts.append(candidate)
     layers = sorted({start.layer for start in starts})
@@ -221,7 +222,7 @@ def choose(
     trials = [
         trial
         for admission in admitted
-        for factor in _CONFIRM_SCALES
+        for factor in _factors(admission)
         if (trial := draft.confirm(admission, factor, chosen, sign, prompts, base, progress))
     ]
     if not trials:
@@ -419,6 +420,12 @@ def _controls(chosen: dict[Sign, Choice]) -> dict[str, Interval]:
                 (c.full_shift for c in admission.at_norm), key=lambda shift: shift.value
             )
     return found
+
+
+def _factors(admission: Admission) -> tuple[float, ...]:
+    """Scales worth confirming; a refined direction has found its own, and twice that overdoses."""
+    refined = admission.effect.candidate.family == "gradient_refined"
+    return _CONFIRM_SCALES[:1] if refined else _CONFIRM_SCALES
 
 
 def _kind(candidate: Candidate) -> tuple[int, str]:

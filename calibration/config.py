@@ -78,12 +78,12 @@ class CalibrationConfig(BaseModel):
         " template's tokens behind it alone, as over an endpoint.",
     )
     refine_steps: int = Field(
-        default=32,
+        default=24,
         ge=0,
         description="Gradient steps by which directions are refined; 0 for none.",
     )
-    refine_layers: int = Field(default=1, ge=1, description="Layers refined for each direction.")
-    refine_seeds: int = Field(default=2, ge=1, description="Refinements of each of them.")
+    refine_layers: int = Field(default=2, ge=1, description="Layers refined for each direction.")
+    refine_seeds: int = Field(default=1, ge=1, description="Refinements of each of them.")
     n_controls: int = Field(
         default=24, ge=20, description="Random directions that a carrier must beat."
     )

@@ -70,6 +70,7 @@ from guard.refusal import Verdict, judge
 __all__ = ["CalibrationResult", "calibrate", "calibrate_subject"]
 
 _MIN_REFUSALS = 8
+_DEEPEST = 0.8
 _SUBSPACE_SIZES = (2, 4)
 _DIRECTION_PROMPTS = 256
 """Of each kind, from which directions are computed: twice what Arditi et al. 2024 take."""
@@ -286,6 +287,8 @@ def calibrate_subject(
         last[directions.mask("benign", "ordinary")],
         _SUBSPACE_SIZES,
     )
+    # Arditi et al. 2024 leave the last layers out: what acts there writes tokens, not decisions.
+    candidates = [c for c in candidates if c.layer < _DEEPEST * n_layers]
     bench = make_bench(subject, splits, tokens, config)
     progress.stage("measure candidates", 2 * len(candidates))
     effects: dict[Sign, list[Effect]] = {
