@@ -96,8 +96,8 @@ def make_bench(
     """Run the validation prompts once and pick those on which candidates are compared."""
     pool = splits.validation
     safe = [p for s in ("ordinary", "hard") for p in spread(pool, "benign", s, _SAFE_ROWS // 2)]
-    harmful = spread(pool, "harmful", None, 3 * _TARGET_ROWS)
-    refused = spread(pool, "benign", "hard", 3 * _TARGET_ROWS)
+    harmful = spread(pool, "harmful", None, 2 * _TARGET_ROWS)
+    refused = spread(pool, "benign", "hard", 2 * _TARGET_ROWS)
     asked = list(dict.fromkeys([*safe, *harmful, *refused]))
     row = {prompt: i for i, prompt in enumerate(asked)}
     n_layers = subject.identity.n_layers

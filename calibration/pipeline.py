@@ -71,11 +71,11 @@ __all__ = ["CalibrationResult", "calibrate", "calibrate_subject"]
 
 _MIN_REFUSALS = 8
 _DEEPEST = 0.8
-_SUBSPACE_SIZES = (2, 4)
+_SUBSPACE_SIZES = (4,)
 _DIRECTION_PROMPTS = 256
 """Of each kind, from which directions are computed: twice what Arditi et al. 2024 take."""
-_MESSAGE_DEPTHS = (1 / 3, 5 / 12, 1 / 2)
-"""Shares of the layers below which whole messages are captured: 8, 10 and 12 of 24."""
+_MESSAGE_DEPTHS = (1 / 3, 5 / 12)
+"""Shares of the layers below which whole messages are captured: 8 and 10 of 24."""
 _ALPHAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 _REFUSAL_ABOVE = (0.1, 0.2, 0.3)
 
@@ -243,7 +243,7 @@ def calibrate_subject(
         *spread(splits.train, "benign", "ordinary", _DIRECTION_PROMPTS),
     ]
     progress.stage("capture hidden states", len(prompts) + len(leading))
-    middle = range(max(1, n_layers // 4), max(2, n_layers // 2 + 1), max(1, n_layers // 8))
+    middle = range(max(1, n_layers // 4), max(3, 5 * n_layers // 12 + 1), max(1, n_layers // 12))
     message_layers = sorted({max(1, round(share * n_layers)) for share in _MESSAGE_DEPTHS})
 
     def captured(
