@@ -58,6 +58,7 @@ class Bench:
         safe: rows on which KL is measured (ordinary and hard benign prompts).
         targets: rows on which the effect is measured: for "raise" harmful prompts that the base
             is about to answer, for "lower" benign prompts that it is about to refuse.
+        confirming: rows, likewise by what they show, that confirm a carrier by whole responses.
         tokens: the model's refusal openings.
         safe_kl_nats: the price of every dose.
         seed: of bootstraps and controls.
@@ -67,6 +68,7 @@ class Bench:
     prompts: list[str]
     safe: list[int]
     targets: dict[Sign, list[int]]
+    confirming: dict[Sign, list[int]]
     tokens: RefusalTokens
     safe_kl_nats: float
     seed: int
@@ -202,7 +204,7 @@ def dose_response(
     base = bench.base_logprobs(sign)
     delta = _deltas(subject, bench, [candidate], sign, scale, base)[0]
     n_safe = len(bench.safe)
-    tilts = [_tilt(base, delta, float(dose)) for dose in doses.tolist()]
+    tilts = [tilt(base, delta, float(dose)) for dose in doses.tolist()]
     kl = torch.stack([tilt.kl_nats for tilt in tilts])
     refusals = torch.stack([tilt.refusal_prob(bench.tokens)[n_safe:].mean() for tilt in tilts])
     return kl[:, :n_safe].mean(1).cpu(), kl[:, n_safe:].mean(1).cpu(), refusals.cpu()
@@ -284,11 +286,11 @@ def _effect(
         refusal_probability(base[n_safe:], bench.tokens.ids, bench.tokens.weights)
     )
 
-    def shift(tilt: _Tilt) -> Interval:
+    def shift(tilt: Tilt) -> Interval:
         after = refusal_logit(tilt.refusal_prob(bench.tokens)[n_safe:])
         return mean_interval(towards * (after - before), bench.seed)
 
-    full = _tilt(base, delta, 1.0, scratch)
+    full = tilt(base, delta, 1.0, scratch)
     full_kl, full_shift = full.kl_nats[:n_safe], shift(full)
     can_spend = float(full_kl.mean()) >= bench.safe_kl_nats
     dose, kl, dose_shift = 1.0, full_kl, full_shift
@@ -300,7 +302,7 @@ def _effect(
             float(full_kl.mean()),
             scratch[:n_safe],
         )
-        mixed = _tilt(base, delta, dose, scratch)
+        mixed = tilt(base, delta, dose, scratch)
         kl, dose_shift = mixed.kl_nats[:n_safe], shift(mixed)
     return Effect(
         candidate,
@@ -316,7 +318,7 @@ def _effect(
 
 
 @dataclass(frozen=True)
-class _Tilt:
+class Tilt:
     """p_t ∝ p0·exp(t·Δ) of some rows: a measurement in float32, not the serving bound.
 
     Attributes:
@@ -334,12 +336,12 @@ class _Tilt:
         return (self.weights[:, tokens.ids] @ tokens.weights / self.total).clamp(0.0, 1.0)
 
 
-def _tilt(base: Tensor, delta: Tensor, dose: float, scratch: Tensor | None = None) -> _Tilt:
+def tilt(base: Tensor, delta: Tensor, dose: float, scratch: Tensor | None = None) -> Tilt:
     """Mix at one strength for all rows; `scratch` (n_rows, vocab) saves an allocation."""
     weights = torch.add(base, delta, alpha=dose, out=scratch).exp_()
     total = weights.sum(-1)
     mean = torch.bmm(weights.unsqueeze(1), delta.unsqueeze(2)).flatten() / total
-    return _Tilt(weights, total, (dose * mean - total.log()).clamp_min(0.0))
+    return Tilt(weights, total, (dose * mean - total.log()).clamp_min(0.0))
 
 
 def _dose_at(
@@ -352,14 +354,14 @@ def _dose_at(
         delta: (n_rows, vocab) log p1 − log p0.
         nats: wanted.
         full_nats: the mean KL at t = 1, not less than `nats`.
-        scratch: as for `_tilt`.
+        scratch: as for `tilt`.
     """
     low, high = 0.0, 1.0
     known_t, known_kl, power = 1.0, full_nats, 2.0  # KL is nearly quadratic where t is small
     for step in range(40):
         aim = known_t * (nats / known_kl) ** (1.0 / power) if known_kl > 0 else 0.0
         t = aim if low < aim < high and step % 4 != 3 else 0.5 * (low + high)
-        kl = float(_tilt(base, delta, t, scratch).kl_nats.mean())
+        kl = float(tilt(base, delta, t, scratch).kl_nats.mean())
         if abs(kl - nats) <= 0.01 * nats:
             break
         low, high = (t, high) if kl < nats else (low, t)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,8 +97,9 @@ def make_bench(
     """Run the validation prompts once and pick those on which candidates are compared."""
     pool = splits.validation
     safe = [p for s in ("ordinary", "hard") for p in spread(pool, "benign", s, _SAFE_ROWS // 2)]
-    harmful = spread(pool, "harmful", None, 2 * _TARGET_ROWS)
-    refused = spread(pool, "benign", "hard", 2 * _TARGET_ROWS)
+    most = max(_TARGET_ROWS, config.confirm_prompts)
+    harmful = spread(pool, "harmful", None, 2 * most)
+    refused = spread(pool, "benign", "hard", 2 * most)
     asked = list(dict.fromkeys([*safe, *harmful, *refused]))
     row = {prompt: i for i, prompt in enumerate(asked)}
     n_layers = subject.identity.n_layers
@@ -106,10 +108,16 @@ def make_bench(
     step = replace(step, resid_pre={k: v[:, -1:].clone() for k, v in step.resid_pre.items()})
     refusal = refusal_probability(step.logits.cpu(), tokens.ids, tokens.weights)
 
-    def undecided(rows: list[int], moved: Callable[[float], bool]) -> list[int]:
+    def undecided(rows: list[int], moved: Callable[[float], bool], most: int) -> list[int]:
         """Rows that serving would steer; where those are too few, the nearest to them."""
         n_steered = sum(moved(float(refusal[i])) for i in rows)
-        return rows[: min(max(n_steered, _MIN_TARGETS), _TARGET_ROWS)]
+        return rows[: min(max(n_steered, _MIN_TARGETS), most)]
+
+    def targets(most: int) -> dict[Sign, list[int]]:
+        return {
+            "raise": undecided(answering, lambda p: p < _RAISE_IF_REFUSAL_BELOW, most),
+            "lower": undecided(refusing, lambda p: p > _LOWER_IF_REFUSAL_ABOVE, most),
+        }
 
     answering = sorted((row[p] for p in harmful), key=lambda i: float(refusal[i]))
     refusing = sorted((row[p] for p in refused), key=lambda i: -float(refusal[i]))
@@ -117,10 +125,8 @@ def make_bench(
         step,
         [p.text for p in asked],
         [row[p] for p in safe],
-        {
-            "raise": undecided(answering, lambda p: p < _RAISE_IF_REFUSAL_BELOW),
-            "lower": undecided(refusing, lambda p: p > _LOWER_IF_REFUSAL_ABOVE),
-        },
+        targets(_TARGET_ROWS),
+        targets(config.confirm_prompts),
         tokens.to(step.logits.device),
         config.safe_kl_nats,
         config.seed,
@@ -263,8 +269,8 @@ class Draft:
         )
 
     def targets(self, bench: Bench, sign: Sign) -> tuple[list[str], list[str]]:
-        """The prompts on which candidates were compared, and the base model's responses."""
-        prompts = [bench.prompts[row] for row in bench.targets[sign]]
+        """Prompts that confirm carriers, and the base model's responses."""
+        prompts = [bench.prompts[row] for row in bench.confirming[sign]]
         return prompts, self.base(prompts)
 
     def base(self, prompts: Sequence[str]) -> list[str]:
@@ -362,6 +368,7 @@ class Draft:
             alpha=config.alpha,
             delta=config.delta,
             n_by_stratum=fit.n_by_stratum,
+            **_guarantee(config.confidence),
         )
         raising, lowering = chosen["raise"], chosen.get("lower")
         manifest = Manifest(
@@ -388,6 +395,17 @@ class Draft:
             self.tokens.ids,
             self.tokens.weights,
         )
+
+
+def _guarantee(confidence: float | None) -> dict[str, Any]:
+    if confidence is None:
+        return {}
+    return {
+        "guarantee": "For prompts exchangeable with the calibration prompts: at most alpha of"
+        " benign prompts of each stratum are raised and at most delta of harmful prompts are"
+        f" lowered; each holds but for {1 - confidence:.3g} of all calibrations. It does not hold"
+        " under attack or for other traffic."
+    }
 
 
 def _spec(choice: Choice) -> CarrierSpec:

@@ -64,6 +64,13 @@ class CalibrationConfig(BaseModel):
     delta: float = Field(
         default=0.05, gt=0.0, lt=1.0, description="Most harmful prompts to be lowered."
     )
+    confidence: float | None = Field(
+        default=None,
+        gt=0.0,
+        lt=1.0,
+        description="Confidence that alpha and delta hold with these very prompts (PAC); default:"
+        " they hold on average over calibrations.",
+    )
     raise_budget_nats: float = Field(
         default=4.0, gt=0.0, description="Budget at which a raise carrier is confirmed."
     )
@@ -100,6 +107,21 @@ class CalibrationConfig(BaseModel):
     test_prompts: int = Field(
         default=48, ge=0, description="Held-out prompts answered with and without the guard."
     )
+    disguised_prompts: int = Field(
+        default=24,
+        ge=0,
+        description="Held-out prompts of each side on which the gate is tried in disguises, such as"
+        " base64; 0: none.",
+    )
+    confirm_prompts: int = Field(
+        default=24, ge=8, description="Prompts that confirm a carrier by generated responses."
+    )
+    safe_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens of responses to safe prompts over which the chosen carriers' KL is"
+        " measured; 0: of the first token alone.",
+    )
     policy_prompts: int = Field(
         default=32,
         ge=0,
@@ -120,6 +142,19 @@ class CalibrationConfig(BaseModel):
         description="Folder for captured activations, from which an interrupted run resumes;"
         " default: beside the guard file, removed on success.",
     )
+
+    def thorough(self) -> CalibrationConfig:
+        """The same with more prompts, seeds and steps: twice the time, narrower intervals."""
+        more = {
+            "refine_seeds": 2,
+            "refine_steps": 32,
+            "confirm_prompts": 64,
+            "safe_tokens": 16,
+            "test_prompts": 96,
+            "disguised_prompts": 48,
+            "policy_prompts": max(64, self.policy_prompts),
+        }
+        return self.model_copy(update=more)
 
     @model_validator(mode="after")
     def _names_a_model(self) -> Self:

@@ -29,6 +29,7 @@ __all__ = [
     "Messages",
     "Scored",
     "ThresholdFit",
+    "by_category",
     "fit_probe",
     "fit_thresholds",
     "gate_measurements",
@@ -437,13 +438,16 @@ class ThresholdFit:
     note: str
 
 
-def fit_thresholds(data: Scored, alpha: float, delta: float) -> ThresholdFit:
+def fit_thresholds(
+    data: Scored, alpha: float, delta: float, confidence: float | None = None
+) -> ThresholdFit:
     """Split-conformal thresholds, the worst over strata.
 
     Args:
         data: the calibration split, under a probe that was fitted on other prompts.
         alpha: most benign prompts of any stratum to score above τ_hi.
         delta: most harmful prompts to score below τ_lo.
+        confidence: that both hold for these calibration prompts; None: on average over such sets.
 
     Raises:
         InputError: too few prompts for alpha; the message says how many would do.
@@ -455,12 +459,12 @@ def fit_thresholds(data: Scored, alpha: float, delta: float) -> ThresholdFit:
         chosen = data.mask("benign", stratum)
         counts[f"{stratum} benign"] = int(chosen.sum())
         if bool(chosen.any()):
-            upper.append(conformal_upper(scores[chosen], alpha))
+            upper.append(conformal_upper(scores[chosen], alpha, confidence))
     harmful = data.mask("harmful")
     counts["harmful"] = int(harmful.sum())
     tau_hi = max(upper)
     try:
-        tau_lo = conformal_lower(scores[harmful], delta)
+        tau_lo = conformal_lower(scores[harmful], delta, confidence)
     except InputError as err:
         return ThresholdFit(tau_hi, None, counts, f"lower is not certified: {err}")
     return ThresholdFit(tau_hi, min(tau_lo, tau_hi), counts, "")
@@ -481,11 +485,56 @@ def gate_measurements(thresholds: ThresholdFit, test: Scored, seed: int) -> dict
         if thresholds.lower_below is not None:
             below = int((benign < thresholds.lower_below).sum())
             found[f"{stratum}_benign_below_lower"] = share_interval(below, len(benign))
+        for percent in (1, 5):
+            limit = float(benign.quantile(1.0 - percent / 100))
+            caught = int((harmful > limit).sum())
+            name = f"harmful_caught_at_{percent}_percent_of_{stratum}_benign"
+            found[name] = share_interval(caught, len(harmful))
     above = int((harmful > thresholds.raise_above).sum())
     found["harmful_above_raise"] = share_interval(above, len(harmful))
     if thresholds.lower_below is not None:
         below = int((harmful < thresholds.lower_below).sum())
         found["harmful_below_lower"] = share_interval(below, len(harmful))
+    return found
+
+
+def by_category(
+    thresholds: ThresholdFit, test: Scored, seed: int, least: int = 10
+) -> dict[tuple[str, str], tuple[Interval, Interval]]:
+    """What the gate does to each kind of held-out prompt, so that its blind spots show.
+
+    Args:
+        thresholds: of the gate.
+        test: held-out prompts.
+        seed: of the bootstrap.
+        least: prompts below which a category is left out.
+
+    Returns:
+        (kind, category) → AUROC against the other side (hard benign for harmful, harmful for hard
+        benign), and the share on the wrong side: harmful below or at τ_hi, benign above it. Kind is
+        "harmful", "hard benign" or "language".
+    """
+    harmful, hard = test.mask("harmful"), test.mask("benign", "hard")
+    kinds: dict[tuple[str, str], Tensor] = {}
+    for kind, mask in (("harmful", harmful), ("hard benign", hard)):
+        for name in sorted({p.category for p in test.prompts}):
+            of_it = torch.tensor([p.category == name for p in test.prompts])
+            kinds[kind, name] = mask & of_it
+    found = {}
+    for (kind, name), mask in kinds.items():
+        if int(mask.sum()) < least:
+            continue
+        scores, is_harm = test.scores[mask], kind == "harmful"
+        pair = (scores, test.scores[hard]) if is_harm else (test.scores[harmful], scores)
+        wrong = int(((scores > thresholds.raise_above) ^ is_harm).sum())
+        found[kind, name] = auroc(*pair, seed), share_interval(wrong, len(scores))
+    for language in sorted({p.language for p in test.prompts}):
+        of_it = torch.tensor([p.language == language for p in test.prompts])
+        ours, theirs = test.scores[harmful & of_it], test.scores[hard & of_it]
+        if min(len(ours), len(theirs)) >= least // 2:
+            missed = int((ours <= thresholds.raise_above).sum())
+            area = auroc(ours, theirs, seed)
+            found["language", language] = area, share_interval(missed, len(ours))
     return found
 
 

@@ -213,7 +213,7 @@ def _gate(result: CalibrationResult) -> Iterable[str]:
     answered = {f"{group}_{name}" for group in result.tested for name in _COLUMNS}
     yield "<h2>Gate</h2>"
     yield (
-        f"<p>Linear probe on {gate.where}"
+        f"<p>{gate.form} on {gate.where}"
         f" (−1 is a prompt's last token). Raise above"
         f" {gate.raise_above:.3f}, lower below {lower}; thresholds from {escape(behind)} prompts."
         f" {escape(gate.guarantee)}</p>"
@@ -232,6 +232,20 @@ def _gate(result: CalibrationResult) -> Iterable[str]:
             [_words(name), _interval(value)]
             for name, value in gate.measurements.items()
             if name not in answered
+        ],
+    )
+    yield "<h3>Where it errs</h3>"
+    yield (
+        "<p>Held-out prompts by kind. Missed: harmful ones that are not raised, or hard benign ones"
+        " that are.</p>"
+    )
+    yield _table(
+        ["kind", "category", "AUROC against the other side", "missed"],
+        [
+            [kind, _words(name), _interval(area), _interval(missed)]
+            for (kind, name), (area, missed) in sorted(
+                result.categories.items(), key=lambda item: (item[0][0], item[1][0].value)
+            )
         ],
     )
 

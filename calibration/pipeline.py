@@ -30,12 +30,14 @@ from calibration.causal import (
 from calibration.choose import SIGNS, Choice, Draft, choose, make_bench, refined, sweep
 from calibration.config import CalibrationConfig
 from calibration.directions import Candidate, category_subspaces, difference_in_means
+from calibration.disguises import BLIND_BELOW, DISGUISES
 from calibration.evaluate import Answered, answer_pairs, compare
 from calibration.frontier import FrontierPoint
 from calibration.gate_fit import (
     FittedProbe,
     Labelled,
     Scored,
+    by_category,
     fit_probe,
     fit_thresholds,
     gate_measurements,
@@ -54,6 +56,8 @@ from calibration.prompts import (
     split_prompts,
     spread,
 )
+from calibration.safety import safe_kl
+from calibration.statistics import auroc
 from calibration.subject import GradientSubject, Subject
 from guard.artifact import (
     CarrierArtifact,
@@ -71,6 +75,7 @@ __all__ = ["CalibrationResult", "calibrate", "calibrate_subject"]
 
 _MIN_REFUSALS = 8
 _DEEPEST = 0.8
+_SAFE_PROMPTS = 32
 _SUBSPACE_SIZES = (4,)
 _DIRECTION_PROMPTS = 256
 """Of each kind, from which directions are computed: twice what Arditi et al. 2024 take."""
@@ -90,6 +95,7 @@ class CalibrationResult:
         chosen: the carrier of each sign; "lower" is missing if none was admissible.
         notes: what the user should know, one sentence each.
         scores: (group → scores) of the test split under the gate.
+        categories: what the gate does to each kind of held-out prompt, as `by_category` has it.
         probe: the fitted gate.
         tested: held-out prompts answered with and without the guard, by group.
         seconds: time by stage.
@@ -101,6 +107,7 @@ class CalibrationResult:
     chosen: dict[Sign, Choice]
     notes: list[str]
     scores: dict[str, Tensor]
+    categories: dict[tuple[str, str], tuple[Interval, Interval]]
     probe: FittedProbe
     tested: dict[str, list[Answered]]
     seconds: dict[str, float] = field(default_factory=dict)
@@ -265,14 +272,25 @@ def calibrate_subject(
     probe = fit_probe(train, validation, middle, window, config.seed, device)
     held, unseen = (Scored(data.prompts, probe.scores(data)) for data in (calibration, test))
     del train, validation, calibration, test  # gigabytes, and they have been read
+    blind = _disguised(subject, probe, splits, config, work, progress)
     if probe.message_layer is None:
         notes.append(
             "the gate reads the template's tokens alone: the states of whole messages were not to"
             " be had, or not asked for"
         )
-    thresholds = fit_thresholds(held, config.alpha, config.delta)
+    thresholds = fit_thresholds(held, config.alpha, config.delta, config.confidence)
     if thresholds.note:
         notes.append(thresholds.note)
+    unseen_through = [
+        f"{name.removeprefix('auroc_disguised_').replace('_', ' ')} ({area.value:.2f})"
+        for name, area in blind.items()
+        if area.value < BLIND_BELOW
+    ]
+    if unseen_through:
+        notes.append(
+            "the gate is blind, or nearly so, to harm in these disguises (AUROC of harmful over"
+            f" hard benign, n = {next(iter(blind.values())).n}): {', '.join(unseen_through)}"
+        )
     clock.lap("gate")
 
     # Which directions modulate refusal, at equal KL on safe prompts?
@@ -325,6 +343,27 @@ def calibrate_subject(
         else:
             notes.append(f"no lower carrier: {why}; over-refusals will not be lowered")
     clock.lap("choose")
+    if config.safe_tokens:
+        progress.stage("follow safe prompts", None)
+        strata = {
+            stratum: [
+                p.text for p in spread(splits.validation, "benign", stratum, _SAFE_PROMPTS // 2)
+            ]
+            for stratum in ("ordinary", "hard")
+        }
+        costs = safe_kl(
+            subject,
+            chosen,
+            {stratum: texts for stratum, texts in strata.items() if texts},
+            config.safe_tokens,
+            config.batch_size,
+            config.seed,
+        )
+        chosen = {
+            sign: replace(choice, rates=choice.rates | costs[sign])
+            for sign, choice in chosen.items()
+        }
+        clock.lap("safe prompts")
 
     # Which thresholds and budgets are worth offering?
     artifact = draft.artifact(chosen)
@@ -340,7 +379,7 @@ def calibrate_subject(
     progress.stage("answer held-out prompts", None)
     tested = _test(draft, artifact, splits)
     clock.lap("test")
-    measurements = gate_measurements(thresholds, unseen, config.seed)
+    measurements = gate_measurements(thresholds, unseen, config.seed) | blind
     for group, pairs in tested.items():
         rates = compare(pairs, config.seed)
         measurements |= {f"{group}_{name}": value for name, value in rates.items()}
@@ -355,6 +394,7 @@ def calibrate_subject(
         chosen,
         notes,
         _scores_by_group(unseen),
+        by_category(thresholds, unseen, config.seed),
         probe,
         tested,
         clock.seconds,
@@ -445,6 +485,34 @@ def _test(draft: Draft, artifact: CarrierArtifact, splits: Splits) -> dict[str, 
     for name, group in prompts.items():
         tested[name], pairs = pairs[: len(group)], pairs[len(group) :]
     return {name: group for name, group in tested.items() if group}
+
+
+def _disguised(
+    subject: Subject,
+    probe: FittedProbe,
+    splits: Splits,
+    config: CalibrationConfig,
+    work: WorkFolder,
+    progress: Progress,
+) -> dict[str, Interval]:
+    """AUROC of harmful over hard benign held-out prompts in each disguise."""
+    plain = [
+        *spread(splits.test, "harmful", None, config.disguised_prompts),
+        *spread(splits.test, "benign", "hard", config.disguised_prompts),
+    ]
+    if len({prompt.label for prompt in plain}) < 2:
+        return {}
+    progress.stage("try disguises", len(plain) * len(DISGUISES))
+    of_message = () if probe.message_layer is None else (probe.message_layer,)
+    found = {}
+    for name, disguise in DISGUISES.items():
+        group = [replace(prompt, text=disguise(prompt.text)) for prompt in plain]
+        layers = [probe.template_layer]
+        data = capture(subject, group, layers, of_message, config.batch_size, work, name, progress)
+        scores, harmful = probe.scores(data), data.harmful
+        area = auroc(scores[harmful], scores[~harmful], config.seed)
+        found[f"auroc_disguised_{name}"] = area
+    return found
 
 
 def _policies(

@@ -95,7 +95,7 @@ def _markdown(result: CalibrationResult) -> str:
         "",
         "## Gate",
         "",
-        f"Linear probe on {gate.where}"
+        f"{gate.form} on {gate.where}"
         f" (-1 is a prompt's last token). Raise above {gate.raise_above:.3f}; lower below"
         f" {'never (not certified)' if gate.lower_below is None else f'{gate.lower_below:.3f}'}."
         f" Calibration prompts: {gate.n_by_stratum}. {gate.guarantee}",
@@ -105,6 +105,19 @@ def _markdown(result: CalibrationResult) -> str:
         "| held-out measurement | value |",
         "|---|---|",
         *[f"| {name.replace('_', ' ')} | {value} |" for name, value in gate.measurements.items()],
+        "",
+        "### Where it errs",
+        "",
+        "Missed: harmful prompts that are not raised, or hard benign ones that are.",
+        "",
+        "| kind | category | AUROC against the other side | missed |",
+        "|---|---|---|---|",
+        *[
+            f"| {kind} | {name.replace('_', ' ')} | {area} | {missed} |"
+            for (kind, name), (area, missed) in sorted(
+                result.categories.items(), key=lambda item: (item[0][0], item[1][0].value)
+            )
+        ],
         "",
         "## Refusals learned from the model itself",
         "",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import torch
 from scipy import stats
 from torch import Tensor
 
 from guard.artifact import Interval
 
-__all__ = ["auroc", "mean_interval", "share_interval"]
+__all__ = ["auroc", "bootstrap_bounds", "mean_interval", "share_interval"]
 
 
 def mean_interval(values: Tensor, seed: int, resamples: int = 1000) -> Interval:
@@ -32,6 +35,32 @@ def mean_interval(values: Tensor, seed: int, resamples: int = 1000) -> Interval:
     )
     ci = result.confidence_interval
     return Interval(value=mean, low=float(ci.low), high=float(ci.high), n=int(data.size))
+
+
+def bootstrap_bounds(
+    values: Tensor,
+    owners: Tensor,
+    of: Callable[[Tensor], Tensor],
+    seed: int,
+    resamples: int = 500,
+) -> Interval:
+    """A statistic of several values per prompt, with one-sided 95 % bounds below and above.
+
+    Args:
+        values: (n_values,).
+        owners: (n_values,) int64: the prompt of each; prompts are drawn, with all their values.
+        of: the statistic, from (m,) to a number.
+        seed: of the resampling.
+        resamples: bootstrap samples.
+    """
+    prompts = [values[owners == owner].double() for owner in sorted(set(owners.tolist()))]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(prompts), (resamples, len(prompts)), generator=generator)
+    draws = [of(torch.cat([prompts[i] for i in row])) for row in drawn.tolist()]
+    low, high = torch.stack(draws).quantile(torch.tensor([0.05, 0.95], dtype=torch.float64))
+    return Interval(
+        value=float(of(values.double())), low=float(low), high=float(high), n=len(prompts)
+    )
 
 
 def share_interval(hits: int, n: int) -> Interval:

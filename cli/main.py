@@ -169,6 +169,21 @@ def calibrate(
     policy_prompts: Annotated[
         int, typer.Option(help="Prompts of each kind on which policies are compared; 0: none.")
     ] = 32,
+    confidence: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Confidence that alpha and delta hold for these very prompts (PAC); without it"
+            " they hold on average over calibrations.",
+        ),
+    ] = None,
+    thorough: Annotated[
+        bool,
+        typer.Option(
+            "--thorough",
+            help="More seeds, steps and prompts, and KL over whole openings: twice the time.",
+        ),
+    ] = False,
     answer_opening: Annotated[
         str,
         typer.Option(
@@ -254,6 +269,7 @@ def calibrate(
             safe_kl_nats=safe_kl_nats,
             alpha=alpha,
             delta=delta,
+            confidence=confidence,
             target_over_refusal=target_over_refusal,
             budget_nats=budget_nats,
             policy_prompts=policy_prompts,
@@ -267,6 +283,8 @@ def calibrate(
             for e in err.errors()
         )
         raise InputError("; ".join(faults)) from err
+    if thorough:
+        config = config.thorough()
     _hush(folder)
     keep_freed_memory()
     with RichProgress() as progress:

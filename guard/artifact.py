@@ -159,6 +159,11 @@ class GateSpec(_Frozen):
     )
 
     @property
+    def form(self) -> str:
+        """What kind of probe it is, in words."""
+        return f"Probe with {self.n_hidden} hidden units" if self.n_hidden else "Linear probe"
+
+    @property
     def where(self) -> str:
         """Where the probe reads, in words."""
         places = ", ".join(map(str, self.positions))

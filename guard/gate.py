@@ -163,33 +163,59 @@ def refusal_logit(refusal_prob: Tensor, floor: float = 1e-6) -> Tensor:
     return torch.logit(refusal_prob.double().clamp(floor, 1.0 - floor))
 
 
-def conformal_upper(scores: Tensor, alpha: float) -> float:
+def conformal_upper(scores: Tensor, alpha: float, confidence: float | None = None) -> float:
     """Return τ such that a fresh exchangeable score exceeds it with probability ≤ alpha.
 
-    τ is the ⌈(n+1)(1−α)⌉-th smallest of n scores (Vovk et al. 2005, split conformal).
+    τ is the ⌈(n+1)(1−α)⌉-th smallest of n scores (Vovk et al. 2005, split conformal): the
+    probability is over the calibration prompts, too. With a `confidence` it holds for the prompts
+    at hand, but for a share 1 − confidence of all sets of prompts (PAC; Vovk 2012, arXiv:1209.2673,
+    proposition 2a): τ is the k-th smallest with the least k for which P(Bin(n, 1−α) < k) ≥
+    confidence.
 
     Raises:
         InputError: n is too small for alpha; the message says how many would do.
     """
-    return _conformal_quantile(scores, alpha, "alpha")
+    return _conformal_quantile(scores, alpha, "alpha", confidence)
 
 
-def conformal_lower(scores: Tensor, delta: float) -> float:
+def conformal_lower(scores: Tensor, delta: float, confidence: float | None = None) -> float:
     """Return τ such that a fresh exchangeable score lies below it with probability ≤ delta.
+
+    `confidence` as in `conformal_upper`.
 
     Raises:
         InputError: n is too small for delta; the message says how many would do.
     """
-    return -_conformal_quantile(-scores, delta, "delta")
+    return -_conformal_quantile(-scores, delta, "delta", confidence)
 
 
-def _conformal_quantile(scores: Tensor, level: float, name: str) -> float:
+def _conformal_quantile(scores: Tensor, level: float, name: str, confidence: float | None) -> float:
     n = _check_level(scores, level)
-    rank = math.ceil((n + 1) * (1.0 - level) - 1e-9)
+    if confidence is None:
+        rank, need = math.ceil((n + 1) * (1.0 - level) - 1e-9), math.ceil(1.0 / level - 1.0 - 1e-9)
+    else:
+        if not 0.0 < confidence < 1.0:
+            raise InputError(f"a confidence lies strictly between 0 and 1, got {confidence}")
+        rank = _certain_rank(n, 1.0 - level, confidence)
+        need = math.ceil(math.log(1.0 - confidence) / math.log(1.0 - level) - 1e-9)
     if rank > n:
-        need = math.ceil(1.0 / level - 1.0 - 1e-9)
-        raise InputError(f"{name} {level} needs at least {need} prompts in a stratum, got {n}")
+        said = f" with confidence {confidence:g}" if confidence is not None else ""
+        raise InputError(
+            f"{name} {level}{said} needs at least {need} prompts in a stratum, got {n}"
+        )
     return float(scores.double().sort().values[rank - 1])
+
+
+def _certain_rank(n: int, share: float, confidence: float) -> int:
+    """The least k with P(Bin(n, share) < k) ≥ confidence; n + 1 if there is none up to n."""
+    counts = torch.arange(n + 1, dtype=torch.float64)
+    log_choose = (
+        math.lgamma(n + 1) - torch.lgamma(counts + 1) - torch.lgamma(torch.tensor(n) - counts + 1)
+    )
+    log_p = log_choose + counts * math.log(share) + (n - counts) * math.log1p(-share)
+    below = log_p.exp().cumsum(0)  # P(Bin ≤ counts) = P(Bin < counts + 1)
+    enough = (below >= confidence - 1e-12).nonzero()
+    return int(enough[0]) + 1 if len(enough) else n + 1
 
 
 def _check_level(scores: Tensor, level: float) -> int:

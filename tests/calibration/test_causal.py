@@ -17,10 +17,10 @@ from calibration.causal import (
     RefusalTokens,
     Sign,
     _dose_at,
-    _tilt,
     admit,
     dose_response,
     measure,
+    tilt,
 )
 from calibration.directions import Candidate
 from calibration.transformers_subject import TransformersSubject
@@ -56,13 +56,13 @@ def test_the_dose_meets_the_price_within_a_few_percent(
     base = torch.log_softmax(2 * torch.randn(n_rows, vocab, generator=generator), -1)
     steered = torch.log_softmax(base + size * torch.randn(n_rows, vocab, generator=generator), -1)
     delta = steered - base
-    whole = float(_tilt(base, delta, 1.0).kl_nats.mean())
+    whole = float(tilt(base, delta, 1.0).kl_nats.mean())
     nats = share * whole
     if nats < 1e-3:  # nothing to be spent
         return
     dose = _dose_at(base, delta, nats, whole)
     assert 0.0 < dose <= 1.0
-    assert float(_tilt(base, delta, dose).kl_nats.mean()) == pytest.approx(nats, rel=0.02)
+    assert float(tilt(base, delta, dose).kl_nats.mean()) == pytest.approx(nats, rel=0.02)
 
 
 @given(st.integers(0, 200), st.floats(0.0, 1.0))
@@ -70,8 +70,8 @@ def test_a_mixture_is_a_distribution_between_base_and_steered(seed: int, dose: f
     generator = torch.Generator().manual_seed(seed)
     base = torch.log_softmax(torch.randn(2, 30, generator=generator), -1)
     steered = torch.log_softmax(torch.randn(2, 30, generator=generator), -1)
-    tilt = _tilt(base, steered - base, dose)
-    kl, mixed = tilt.kl_nats, (tilt.weights / tilt.total.unsqueeze(-1)).log()
+    found = tilt(base, steered - base, dose)
+    kl, mixed = found.kl_nats, (found.weights / found.total.unsqueeze(-1)).log()
     torch.testing.assert_close(mixed.exp().sum(-1), torch.ones(2))
     # In float64, by another formula: Σ p_t (log p_t − log p0).
     other = torch.nn.functional.kl_div(
@@ -175,6 +175,7 @@ def bench(subject: TransformersSubject, tiny_tokenizer: PreTrainedTokenizerFast)
         step,
         texts,
         list(range(32)),
+        {"raise": list(range(32, 48)), "lower": list(range(16, 32))},
         {"raise": list(range(32, 48)), "lower": list(range(16, 32))},
         RefusalTokens(torch.tensor([opening]), torch.ones(1)),
         SAFE_KL,

@@ -15,11 +15,13 @@ from calibration.gate_fit import (
     Labelled,
     Messages,
     Scored,
+    ThresholdFit,
     _balanced,
     _folded,
     _Inputs,
     _Net,
     _scale,
+    by_category,
     fit_probe,
     fit_thresholds,
     gate_measurements,
@@ -269,3 +271,33 @@ def test_measurements_count_the_prompts_beyond_the_thresholds() -> None:
     assert found["hard_benign_above_raise"].value == 0.5
     assert found["ordinary_benign_above_raise"].value == 0.0
     assert found["auroc_harmful_vs_ordinary_benign"].value == pytest.approx(7 / 8)
+
+
+def test_categories_show_where_the_gate_errs() -> None:
+    data = scored(torch.tensor([3.0] * 10 + [-3.0] * 10), torch.zeros(5), torch.tensor([0.0] * 12))
+    kinds = ["loud"] * 10 + ["quiet"] * 10 + ["any"] * 17
+    everything = [
+        replace(prompt, category=kind) for prompt, kind in zip(data.prompts, kinds, strict=True)
+    ]
+    fit = ThresholdFit(1.0, -1.0, {}, "")
+    found = by_category(fit, Scored(everything, data.scores), seed=0)
+    assert set(found) == {
+        ("harmful", "loud"),
+        ("harmful", "quiet"),
+        ("hard benign", "any"),
+        ("language", "en"),
+    }
+    area, missed = found["harmful", "loud"]
+    assert (area.value, missed.value, missed.n) == (1.0, 0.0, 10)
+    area, missed = found["harmful", "quiet"]
+    assert (area.value, missed.value) == (0.0, 1.0)
+    area, missed = found["hard benign", "any"]
+    assert (area.value, missed.value, missed.n) == (0.5, 0.0, 12)
+    assert found["language", "en"][1].value == 0.5
+
+
+def test_harmful_prompts_caught_at_a_share_of_benign_ones_are_counted() -> None:
+    test = scored(torch.tensor([0.0, 95.5, 97.0, 200.0]), torch.arange(101.0), torch.empty(0))
+    found = gate_measurements(ThresholdFit(150.0, None, {}, ""), test, seed=0)
+    assert found["harmful_caught_at_5_percent_of_ordinary_benign"].value == 0.75
+    assert found["harmful_caught_at_1_percent_of_ordinary_benign"].value == 0.25

@@ -329,6 +329,25 @@ def test_reported_rates_are_those_of_the_test_split(
     assert len(set(manifest.datasets.values())) == 4
 
 
+def test_a_thorough_calibration_follows_safe_prompts_over_whole_openings(
+    tiny_refuser_dir: Path, files: PromptFiles, tmp_path: Path
+) -> None:
+    config = files.config(
+        tiny_refuser_dir, tmp_path / "guard.safetensors", policy_prompts=0, refine_steps=0
+    ).thorough()
+    assert (config.confirm_prompts, config.safe_tokens) == (64, 16)
+    artifact = calibrate(config.model_copy(update={"refine_steps": 2})).artifact
+    found = artifact.manifest.raise_carrier.measurements
+    for stratum in ("ordinary", "hard"):
+        for how in ("added", "ablated"):
+            mean = found[f"validation_{how}_kl_mean_of_{stratum}"]
+            p95 = found[f"validation_{how}_kl_p95_of_{stratum}"]
+            assert 0.0 <= mean.low <= mean.value <= mean.high
+            assert mean.value <= p95.value
+            assert mean.n == p95.n > 0
+    assert found["validation_refused_guarded"].n > 24
+
+
 def test_held_out_prompts_that_are_answered_are_spread_over_the_files(done: Done) -> None:
     """The hard harmful prompts, which alone can be raised, stand at the end of their file."""
     answered = {pair.prompt for pair in done.result.tested["harmful"]}

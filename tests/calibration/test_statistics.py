@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from calibration.statistics import auroc, mean_interval, share_interval
+from calibration.statistics import auroc, bootstrap_bounds, mean_interval, share_interval
 
 SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30)  # integers, so ties occur
 
@@ -83,3 +83,25 @@ def test_the_interval_of_an_auroc_holds_its_true_value() -> None:
         found = auroc(positive, negative, seed, resamples=200)
         hits += found.low <= truth <= found.high
     assert hits >= 52
+
+
+def test_bounds_draw_prompts_with_all_their_values() -> None:
+    """Twenty copies of a prompt's value tell no more than one: the bounds stay as wide."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(30, generator=generator)
+    once = bootstrap_bounds(values, torch.arange(30), torch.mean, seed=0)
+    copies = values.repeat_interleave(20)
+    often = bootstrap_bounds(copies, torch.arange(30).repeat_interleave(20), torch.mean, seed=0)
+    assert often.value == pytest.approx(once.value)
+    assert (often.low, often.high) == (pytest.approx(once.low), pytest.approx(once.high))
+    assert once.n == often.n == 30
+    assert once.low < once.value < once.high
+
+
+def test_one_sided_bounds_hold_for_nineteen_in_twenty() -> None:
+    generator = torch.Generator().manual_seed(1)
+    above = 0
+    for trial in range(200):
+        values = torch.randn(60, generator=generator)
+        above += bootstrap_bounds(values, torch.arange(60), torch.mean, trial, 200).high < 0.0
+    assert above / 200 == pytest.approx(0.05, abs=0.05)

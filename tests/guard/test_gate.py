@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,3 +94,42 @@ def test_a_score_that_decides_by_itself_passes_whatever_the_refusal_probability(
         reading = GateReading(score, refusal_prob)
         assert choose_zone(reading, thresholds, allow_lower) is Zone.PASS
     assert undecided(float("nan"), thresholds, allow_lower)
+
+
+@given(st.integers(30, 400), st.floats(0.05, 0.5), st.floats(0.5, 0.99))
+def test_a_confidence_makes_thresholds_stricter_and_its_rank_is_the_binomials(
+    n: int, alpha: float, confidence: float
+) -> None:
+    scores = torch.arange(float(n))
+    if n < math.ceil(math.log(1 - confidence) / math.log(1 - alpha) - 1e-9):
+        with pytest.raises(InputError, match="with confidence"):
+            conformal_upper(scores, alpha, confidence)
+        return
+    k = int(conformal_upper(scores, alpha, confidence)) + 1
+
+    def below(rank: int) -> float:  # P(Bin(n, 1 − α) < rank)
+        return sum(math.comb(n, i) * (1 - alpha) ** i * alpha ** (n - i) for i in range(rank))
+
+    assert below(k) >= confidence - 1e-9
+    assert below(k - 1) < confidence + 1e-9
+
+
+def test_with_confidence_nearly_all_calibrations_keep_their_promise() -> None:
+    """Share of calibrations whose threshold lets more than α through: about half, and ≤ 5 %."""
+    alpha, n, trials = 0.1, 200, 600
+    generator = torch.Generator().manual_seed(0)
+    broken = {None: 0, 0.95: 0}
+    for _ in range(trials):
+        scores = torch.rand(n, generator=generator)
+        for confidence in broken:
+            broken[confidence] += 1.0 - conformal_upper(scores, alpha, confidence) > alpha
+    assert 0.35 < broken[None] / trials < 0.6
+    assert broken[0.95] / trials < 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
+
+
+def test_a_confidence_says_how_many_prompts_it_needs() -> None:
+    with pytest.raises(InputError, match=r"delta 0\.05 with confidence 0\.95 needs at least 59"):
+        conformal_lower(torch.randn(58), 0.05, 0.95)
+    assert conformal_lower(torch.arange(59.0), 0.05, 0.95) == 0.0
+    with pytest.raises(InputError, match="confidence lies strictly between"):
+        conformal_upper(torch.randn(58), 0.05, 1.0)
