@@ -345,7 +345,6 @@ def test_a_thorough_calibration_follows_safe_prompts_over_whole_openings(
             assert 0.0 <= mean.low <= mean.value <= mean.high
             assert mean.value <= p95.value
             assert mean.n == p95.n > 0
-    assert found["validation_refused_guarded"].n > 24
 
 
 def test_held_out_prompts_that_are_answered_are_spread_over_the_files(done: Done) -> None:
