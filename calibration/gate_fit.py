@@ -29,6 +29,7 @@ __all__ = [
     "Messages",
     "Scored",
     "ThresholdFit",
+    "balanced",
     "by_category",
     "fit_probe",
     "fit_thresholds",
@@ -191,7 +192,7 @@ def fit_probe(
     inputs, others = (
         _Inputs.of(data, layer, window, message_layer, device) for data in (train, validation)
     )
-    probe = _trained(inputs, others, _balanced(train), train.harmful, validation, seed)
+    probe = _trained(inputs, others, balanced(train), train.harmful, validation, seed)
     scores = FittedProbe(probe, layer, window, message_layer, 0.0).scores(validation)
     return FittedProbe(
         _scaled(probe, scores, validation),
@@ -357,7 +358,7 @@ def _folded(
 def _scaled(probe: Probe, scores: Tensor, data: Group) -> Probe:
     """The probe with its logit scaled and moved so that it means what it says (Platt 1999)."""
     model = LogisticRegression(C=1e6).fit(
-        scores.unsqueeze(1).numpy(), data.harmful.numpy(), sample_weight=_balanced(data)
+        scores.unsqueeze(1).numpy(), data.harmful.numpy(), sample_weight=balanced(data)
     )
     slope, offset = float(model.coef_[0, 0]), float(model.intercept_[0])
     if slope <= 0.0:  # it separates nothing: leave it to the thresholds to say so
@@ -383,7 +384,7 @@ def _ridge(
     features, others = read(train), read(validation)
     scale = _scale(features)
     features, others = _standard(features, scale), _standard(others, scale)
-    balance = torch.tensor(_balanced(train), dtype=torch.float32).unsqueeze(1)
+    balance = torch.tensor(balanced(train), dtype=torch.float32).unsqueeze(1)
     target = torch.where(train.harmful, 1.0, -1.0).unsqueeze(1)
     gram = features.T @ (balance * features)
     gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
@@ -553,7 +554,7 @@ def template_window(n_suffix: int) -> tuple[int, ...]:
     return (1,) if n_suffix == 3 else (0,)
 
 
-def _balanced(data: Group) -> np.ndarray:
+def balanced(data: Group) -> np.ndarray:
     """Harmful weighs as much as benign, and ordinary benign as much as hard benign."""
     weights = torch.zeros(len(data.prompts))
     benign = [data.mask("benign", s) for s in ("ordinary", "hard")]

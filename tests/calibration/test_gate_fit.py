@@ -16,11 +16,11 @@ from calibration.gate_fit import (
     Messages,
     Scored,
     ThresholdFit,
-    _balanced,
     _folded,
     _Inputs,
     _Net,
     _scale,
+    balanced,
     by_category,
     fit_probe,
     fit_thresholds,
@@ -157,7 +157,7 @@ def test_logits_mean_what_they_say() -> None:
     probe = fit_probe(planted(200, 0), planted(200, 1), range(N_LAYERS), WINDOW, seed=0)
     unseen = planted(400, 2)
     chance = probe.scores(unseen).sigmoid()
-    weights = torch.tensor(_balanced(unseen))
+    weights = torch.tensor(balanced(unseen))
     for low, high in ((0.0, 0.5), (0.5, 1.0)):
         inside = (chance >= low) & (chance < high)
         w = weights[inside]
@@ -178,7 +178,7 @@ def test_each_side_weighs_half_and_strata_share_the_benign_half(
     if ordinary + hard == 0:
         return
     data = scored(torch.zeros(harmful), torch.zeros(ordinary), torch.zeros(hard))
-    weights = torch.tensor(_balanced(data))
+    weights = torch.tensor(balanced(data))
     total = len(data.prompts)
     assert float(weights[data.mask("harmful")].sum()) == pytest.approx(total / 2, rel=1e-4)
     assert float(weights[data.mask("benign")].sum()) == pytest.approx(total / 2, rel=1e-4)
