@@ -178,7 +178,9 @@ def _capture_batch(
     message_layers: Sequence[int],
 ) -> dict[str, Tensor]:
     """Keep `ends` (n, len(layers), 1 + n_suffix, d_model) and `messages` (layers, tokens, d)."""
-    states = subject.states(prompts, sorted({*layers, *message_layers}))
+    n_suffix = len(subject.suffix_ids)
+    n_last = n_suffix + (subject.message_width if message_layers else 1)
+    states = subject.states(prompts, sorted({*layers, *message_layers}), n_last)
     places = [
         [
             place - len(ids)
@@ -189,7 +191,6 @@ def _capture_batch(
         for ids in prompts
     ]
     rows, last = torch.arange(len(prompts)), torch.tensor([p[-1] for p in places])
-    n_suffix = len(subject.suffix_ids)
     ends = []
     for layer in layers:
         hidden = states[layer].cpu()

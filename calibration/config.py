@@ -81,8 +81,8 @@ class CalibrationConfig(BaseModel):
         default=64,
         ge=0,
         le=512,
-        description="Last tokens of a message over which the gate averages; 0: it reads the"
-        " template's tokens behind it alone, as over an endpoint.",
+        description="Last tokens of a message over which the gate attends; 0: it reads the"
+        " template's tokens behind it alone.",
     )
     refine_steps: int = Field(
         default=24,

@@ -63,6 +63,7 @@ class EndpointSubject:
         key: its TRIMTAB_ADMIN_KEY.
         model_id: how the guard calls the model; default: as the server does.
         texts: user messages that `encode` will be asked for; they are sent together.
+        message_width: tokens of a message, the last, that the gate reads; 0: none.
 
     Raises:
         InputError: there is no such server, it cannot be calibrated, or the key is wrong.
@@ -71,8 +72,14 @@ class EndpointSubject:
     """
 
     def __init__(
-        self, url: str, key: str, model_id: str | None = None, texts: Sequence[str] = ()
+        self,
+        url: str,
+        key: str,
+        model_id: str | None = None,
+        texts: Sequence[str] = (),
+        message_width: int = 64,
     ) -> None:
+        self._message_width = message_width
         self._url = url.rstrip("/").removesuffix("/v1")
         try:
             self._http = httpx.Client(
@@ -106,13 +113,13 @@ class EndpointSubject:
 
     @property
     def message_width(self) -> int:
-        """0: the states of whole messages, of every layer, are too much for the wire."""
-        return 0
+        """Tokens of a message, the last, that the gate reads."""
+        return self._message_width
 
     @property
     def message_opening_ids(self) -> list[int]:
-        """Not asked for."""
-        return []
+        """Template tokens that stand right before every user message."""
+        return self._facts.opening_ids
 
     @property
     def n_opening(self) -> int:
@@ -134,18 +141,25 @@ class EndpointSubject:
         """Text of a response, without special tokens."""
         return self._decode_all([list(token_ids)])[0]
 
-    def prefill(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> BaseStep:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], capture: Sequence[int], n_last: int | None = None
+    ) -> BaseStep:
         """Run prompts once; the hidden states of their ends are kept.
 
         Returns:
-            A step that holds the last len(suffix_ids) + 1 tokens of each prompt: from the last of
-            the instruction on. Its cache is the prompts, which the server has to be told again.
+            A step that holds the last `n_last` tokens of each prompt, or len(suffix_ids) + 1: from
+            the last of the instruction on. Its cache is the prompts, which the server has to be
+            told again.
         """
-        return self._capture(prompts, capture, len(self.suffix_ids) + 1)
+        if n_last is None:
+            return self._capture(prompts, capture, len(self.suffix_ids) + 1)
+        return self._capture_each(prompts, capture, n_last)
 
-    def states(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> dict[int, Tensor]:
-        """Layer → (n_rows, len(suffix_ids) + 1, d_model): hidden states of the prompts' ends."""
-        return self.prefill(prompts, capture).resid_pre
+    def states(
+        self, prompts: Sequence[Sequence[int]], capture: Sequence[int], n_last: int
+    ) -> dict[int, Tensor]:
+        """Layer → (n_rows, width, d_model): hidden states of the prompts' last `n_last` tokens."""
+        return self._capture_each(prompts, capture, n_last).resid_pre
 
     def shadow(self, step: BaseStep, rows: Sequence[int], layer: int, steered: Tensor) -> Tensor:
         """Steered logits of some rows of a step, (len(rows), vocab) float32.
@@ -239,6 +253,39 @@ class EndpointSubject:
             torch.tensor([list(ids[-n_last:]) for ids in prompts]),
             torch.ones(len(prompts), n_last, dtype=torch.int64),
             lengths + torch.arange(-n_last, 0),
+            [tuple(ids) for ids in prompts],
+        )
+
+    def _capture_each(
+        self, prompts: Sequence[Sequence[int]], layers: Sequence[int], n_last: int
+    ) -> BaseStep:
+        """Read as many tokens as each prompt has, and pad with NaN on the left.
+
+        Prompts of one length go together, since a request reads as many tokens of each.
+        """
+        wanted = [min(n_last, len(ids)) for ids in prompts]
+        width = max(wanted)
+        groups = [[i for i, count in enumerate(wanted) if count == n] for n in sorted(set(wanted))]
+        steps = [
+            self._capture([prompts[i] for i in rows], layers, wanted[rows[0]]) for rows in groups
+        ]
+        back = torch.tensor([i for rows in groups for i in rows]).argsort()
+
+        def whole(parts: Sequence[Tensor], blank: float) -> Tensor:
+            """Parts one below another, as wide as the widest, in the order of the prompts."""
+            shapes = [(len(part), width - part.shape[1], *part.shape[2:]) for part in parts]
+            rows = [
+                torch.cat([part.new_full(shape, blank), part], 1)
+                for part, shape in zip(parts, shapes, strict=True)
+            ]
+            return torch.cat(rows)[back]
+
+        return BaseStep(
+            torch.cat([step.logits for step in steps])[back],
+            {n: whole([step.resid_pre[n] for step in steps], torch.nan) for n in layers},
+            whole([step.input_ids for step in steps], 0),
+            whole([step.attention_mask for step in steps], 0),
+            whole([step.position_ids for step in steps], 0),
             [tuple(ids) for ids in prompts],
         )
 

@@ -46,7 +46,9 @@ def read_gate(
     subject: Subject, artifact: CarrierArtifact, prompts: Sequence[Sequence[int]]
 ) -> list[GateReading]:
     """Score and refusal probability of encoded prompts, as serving reads them."""
-    step = subject.prefill(prompts, artifact.manifest.gate.layers)
+    gate = artifact.manifest.gate
+    n_last = gate.message.width + len(subject.suffix_ids) if gate.message else None
+    step = subject.prefill(prompts, gate.layers, n_last)
     return read_gates(artifact, step, prompts)
 
 

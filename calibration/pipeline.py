@@ -193,7 +193,7 @@ def _open_subject(config: CalibrationConfig, prompts: Sequence[Prompt]) -> Subje
 
     key = config.admin_key.get_secret_value()
     texts = [prompt.text for prompt in prompts]
-    return EndpointSubject(config.endpoint, key, config.model_name, texts)
+    return EndpointSubject(config.endpoint, key, config.model_name, texts, config.message_width)
 
 
 def gather_prompts(config: CalibrationConfig) -> list[Prompt]:
@@ -275,8 +275,8 @@ def calibrate_subject(
     blind = _disguised(subject, probe, splits, config, work, progress)
     if probe.message_layer is None:
         notes.append(
-            "the gate reads the template's tokens alone: the states of whole messages were not to"
-            " be had, or not asked for"
+            "the gate reads the template's tokens alone, as was asked for: it tells harm from what"
+            " looks like it much worse than one that reads messages"
         )
     thresholds = fit_thresholds(held, config.alpha, config.delta, config.confidence)
     if thresholds.note:

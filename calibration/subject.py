@@ -27,7 +27,7 @@ class Subject(Protocol):
 
     @property
     def message_width(self) -> int:
-        """How many tokens of a message, the last, `prefill` shows; 0: the gate cannot read them."""
+        """How many tokens of a message, the last, the gate reads; 0: none."""
 
     @property
     def message_opening_ids(self) -> list[int]:
@@ -47,14 +47,22 @@ class Subject(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a response."""
 
-    def prefill(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> BaseStep:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], capture: Sequence[int], n_last: int | None = None
+    ) -> BaseStep:
         """Run prompts once, left-padded; `capture` names the layers whose resid_pre is kept.
 
-        It is kept at least of the tokens from the last of the instruction on: count from the end.
+        It is kept of at least the last `n_last` tokens; if none are named, from the last of the
+        instruction on: count from the end.
         """
 
-    def states(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> dict[int, Tensor]:
-        """`prefill(prompts, capture).resid_pre`, without what lies behind the last of them."""
+    def states(
+        self, prompts: Sequence[Sequence[int]], capture: Sequence[int], n_last: int
+    ) -> dict[int, Tensor]:
+        """resid_pre of the layers that `capture` names, of at least the last `n_last` tokens.
+
+        Rows are padded on the left, where a prompt is shorter than others or than `n_last`.
+        """
 
     def shadow(self, step: BaseStep, rows: Sequence[int], layer: int, steered: Tensor) -> Tensor:
         """Steered logits of some rows of a step, (len(rows), vocab) float32."""

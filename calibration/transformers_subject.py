@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -24,6 +23,7 @@ from guard.template import (
     common_start,
     distinct_instructions,
     instruction_suffix,
+    message_opening,
 )
 
 __all__ = ["TransformersSubject", "load_subject"]
@@ -156,12 +156,18 @@ class TransformersSubject:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
-    def prefill(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> BaseStep:
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        capture: Sequence[int],
+        n_last: int | None = None,  # noqa: ARG002 - all tokens behind the shared prefix are kept
+    ) -> BaseStep:
         """Run prompts once, left-padded, over the cached template prefix that they share.
 
         Args:
             prompts: n_rows lists of token ids.
             capture: layers whose resid_pre is kept.
+            n_last: tokens that are needed; they are there.
 
         Returns:
             A step whose `input_ids` are what follows the shared prefix.
@@ -169,7 +175,12 @@ class TransformersSubject:
         ids, mask, cache = self._inputs(prompts)
         return self._runner.base(ids, mask, cache, capture)
 
-    def states(self, prompts: Sequence[Sequence[int]], capture: Sequence[int]) -> dict[int, Tensor]:
+    def states(
+        self,
+        prompts: Sequence[Sequence[int]],
+        capture: Sequence[int],
+        n_last: int,  # noqa: ARG002 - all tokens behind the shared prefix are at hand
+    ) -> dict[int, Tensor]:
         """`prefill(prompts, capture).resid_pre`, without what lies behind the last of them."""
         return self._runner.states(*self._inputs(prompts), capture)
 
@@ -288,24 +299,3 @@ class _Noise:
         for row, generator in zip(waits, self._generators, strict=True):
             row.exponential_(generator=generator)
         return (logits.float() / self._temperature - waits.log()).argmax(-1)
-
-
-def message_opening(tokenizer: Any, instructions: Sequence[str]) -> list[int]:
-    """Return the token ids that a chat template puts right before every user message.
-
-    They are what the beginning of a chat and that of its second turn end with alike, so that a
-    message can be found behind any system prompt and any history.
-
-    Args:
-        tokenizer: with a chat template.
-        instructions: user messages of which at least two are different tokens.
-
-    Returns:
-        Nothing where the template takes no second turn or shares nothing with it.
-    """
-    first = common_start([chat_ids(tokenizer, [text]) for text in instructions])
-    try:
-        later = common_start([chat_ids(tokenizer, ["A", "B", text]) for text in instructions])
-    except jinja2.TemplateError:
-        return []
-    return common_start([first[::-1], later[::-1]])[::-1]

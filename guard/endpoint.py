@@ -66,6 +66,7 @@ class ModelFacts(_Message):
 
     model: ModelIdentity
     suffix_ids: list[int] = Field(description="template tokens behind the instruction")
+    opening_ids: list[int] = Field(description="template tokens right before every user message")
     end_ids: list[int] = Field(description="tokens that end a response")
     max_tokens: int = Field(description="prompt and response together")
 
@@ -117,7 +118,7 @@ class CaptureRequest(_Message):
 
     prompts: _Prompts
     layers: list[Annotated[int, Field(ge=0)]]
-    n_last: int = Field(ge=1, le=64)
+    n_last: int = Field(ge=1, le=640)
 
     @model_validator(mode="after")
     def _long_enough(self) -> Self:

@@ -13,6 +13,7 @@ __all__ = [
     "common_start",
     "distinct_instructions",
     "instruction_suffix",
+    "message_opening",
 ]
 
 
@@ -80,6 +81,30 @@ def instruction_suffix(
             " token to read a refusal direction at"
         )
     return suffix
+
+
+def message_opening(tokenizer: Any, instructions: Sequence[str]) -> list[int]:
+    """Return the token ids that a chat template puts right before every user message.
+
+    They are what the beginning of a chat and that of its second turn end with alike, so that a
+    message can be found behind any system prompt and any history.
+
+    Args:
+        tokenizer: with a chat template.
+        instructions: user messages of which at least two are different tokens.
+
+    Returns:
+        Nothing where the template takes no second turn or shares nothing with it.
+    """
+    first = common_start([chat_ids(tokenizer, [text]) for text in instructions])
+    try:
+        later = common_start([chat_ids(tokenizer, ["A", "B", text]) for text in instructions])
+    except Exception as error:
+        # jinja2's, by which templates refuse a conversation; the guard does not depend on it.
+        if type(error).__module__.split(".")[0] != "jinja2":
+            raise
+        return []
+    return common_start([first[::-1], later[::-1]])[::-1]
 
 
 def common_start(samples: Sequence[Sequence[int]]) -> list[int]:

@@ -24,7 +24,13 @@ from torch import Tensor
 
 from guard.endpoint import CaptureRequest, ModelFacts, RespondRequest, ShadowRequest, pack
 from guard.errors import EndpointError, NotArmedError, UnsupportedModelError
-from guard.template import chat_ids, check_template, distinct_instructions, instruction_suffix
+from guard.template import (
+    chat_ids,
+    check_template,
+    distinct_instructions,
+    instruction_suffix,
+    message_opening,
+)
 from serve.calibration_routes import calibration_router
 from serve.vllm_desk import WorkerDesk, job_of, request_name
 from serve.vllm_front import metrics_of, served_name
@@ -169,6 +175,7 @@ def _model_facts(config: Any) -> tuple[ModelFacts, Any]:
         suffix_ids=instruction_suffix(
             lambda text: chat_ids(tokenizer, [text]), distinct_instructions(tokenizer)
         ),
+        opening_ids=message_opening(tokenizer, distinct_instructions(tokenizer)),
         end_ids=[ends] if isinstance(ends, int) else list(ends),
         max_tokens=config.max_model_len,
     )

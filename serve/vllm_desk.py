@@ -167,22 +167,34 @@ class Desk:
         due: Sequence[tuple[int, SamplingRow]],
         logits: Tensor,
     ) -> None:
-        """Run the last tokens of prompts again from the embeddings on; note what enters layers."""
+        """Run the last tokens of prompts again from the embeddings on; note what enters layers.
+
+        Each token reads the keys and values of the base pass, so tokens may be run in any groups.
+        """
         k = work.n_last
-        at_once = max(1, self._runner.max_rows // k)
-        for part in (due[i : i + at_once] for i in range(0, len(due), at_once)):
-            rows = [row.row for _, row in part for _ in range(k)]
-            seen = [row.n_prompt - back for _, row in part for back in reversed(range(k))]
-            ids = [work.prompts[index][back] for index, _ in part for back in range(-k, 0)]
-            hidden: dict[int, Tensor] = {}
-            note = partial(_keep, work.layers, hidden)
-            last = self._runner.rerun(rows, seen, 0, self._runner.embed(ids), note)
-            base = logits[[row.row for _, row in part]].clone()
-            _check_again(base, self._runner.logits_of(last[k - 1 :: k]))
-            for i, (index, _) in enumerate(part):
-                own = slice(i * k, (i + 1) * k)
-                states = {f"layers.{layer}": found[own] for layer, found in hidden.items()}
-                job.found[index] = {"logits": base[i], **states}
+        tokens = [(index, row, back) for index, row in due for back in range(k, 0, -1)]
+        hidden: dict[int, list[Tensor]] = {layer: [] for layer in work.layers}
+        ends: list[Tensor] = []
+        for start in range(0, len(tokens), self._runner.max_rows):
+            part = tokens[start : start + self._runner.max_rows]
+            kept: dict[int, Tensor] = {}
+            last = self._runner.rerun(
+                [row.row for _, row, _ in part],
+                [row.n_prompt - back + 1 for _, row, back in part],
+                0,
+                self._runner.embed([work.prompts[index][-back] for index, _, back in part]),
+                partial(_keep, work.layers, kept),
+            )
+            ends.append(last[[i for i, (_, _, back) in enumerate(part) if back == 1]])
+            for layer, states in kept.items():
+                hidden[layer].append(states)
+        base = logits[[row.row for _, row in due]].clone()
+        _check_again(base, self._runner.logits_of(torch.cat(ends)))
+        whole = {layer: torch.cat(states) for layer, states in hidden.items()}
+        for i, (index, _) in enumerate(due):
+            own = slice(i * k, (i + 1) * k)
+            job.found[index] = {"logits": base[i]}
+            job.found[index] |= {f"layers.{layer}": found[own] for layer, found in whole.items()}
 
     def _shadow(
         self, job: _Job, work: ShadowRequest, due: Sequence[tuple[int, SamplingRow]]

@@ -17,6 +17,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 from torch import Tensor
+from transformers import DynamicCache
 
 from calibration.config import CalibrationConfig
 from calibration.endpoint_subject import EndpointSubject
@@ -38,6 +39,7 @@ from guard.gate import GateReading
 from guard.policy import Policy
 from guard.session import GuardSession
 from serve.calibration_routes import calibration_router
+from serve.guarded_batch import left_pad
 from serve.server import bind_socket
 from serve.vllm_desk import job_of, request_name
 from tests.tiny_refuser import (
@@ -65,6 +67,7 @@ class SubjectBackend:
         self.facts = ModelFacts(
             model=subject.identity,
             suffix_ids=subject.suffix_ids,
+            opening_ids=subject.message_opening_ids,
             end_ids=sorted(subject._eos),
             max_tokens=256,
         )
@@ -93,7 +96,11 @@ class SubjectBackend:
             self.break_after = None
             for connection in list(self.connections):
                 connection.transport.abort()  # type: ignore[attr-defined]
-        step = self._subject.prefill(request.prompts, request.layers)
+        # Whole prompts: the subject's own passes leave out the prefix that all of them share.
+        ids, mask = left_pad(request.prompts, torch.device("cpu"))
+        runner = self._subject.runner
+        cache = DynamicCache(config=runner.model.config)
+        step = runner.base(ids, mask, cache, request.layers)
         ends = {
             f"layers.{layer}": hidden[:, -request.n_last :]
             for layer, hidden in step.resid_pre.items()
@@ -163,7 +170,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "n_controls": 20,
         "test_prompts": 12,
         "policy_prompts": 8,
-        "message_width": 0,  # what an endpoint cannot give
         "refine_steps": 0,
     }
 
@@ -225,6 +231,24 @@ def test_hidden_states_logits_and_shadow_passes_are_those_of_the_model(
         atol=1e-3,
         rtol=1e-4,
     )
+
+
+def test_states_of_whole_messages_come_for_prompts_of_any_length(
+    subject: TransformersSubject, url: str
+) -> None:
+    texts = [*harmful_prompts()[:5], " ".join(["ask paint house"] * 30), "ask steal car"]
+    remote = EndpointSubject(url, KEY, texts=texts)
+    assert remote.message_opening_ids == subject.message_opening_ids
+    prompts = [subject.encode(text) for text in texts]
+    n_last = 64 + len(subject.suffix_ids)
+    assert min(map(len, prompts)) < n_last < max(map(len, prompts))
+    own, far = subject.states(prompts, [1, 2], n_last), remote.states(prompts, [1, 2], n_last)
+    for layer in (1, 2):
+        for row, ids in enumerate(prompts):
+            n = min(n_last, len(ids) - len(subject._prefix))  # which stands in the cache
+            torch.testing.assert_close(
+                far[layer][row, -n:], own[layer][row, -n:], atol=1e-4, rtol=1e-4
+            )
 
 
 def test_steered_responses_spend_what_they_spend_in_process(

@@ -645,11 +645,11 @@ class Counting(TransformersSubject):
     captured = 0
 
     def states(
-        self, prompts: Sequence[Sequence[int]], capture: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], capture: Sequence[int], n_last: int
     ) -> dict[int, torch.Tensor]:
         """Count, then run."""
         self.captured += len(prompts)
-        return super().states(prompts, capture)
+        return super().states(prompts, capture, n_last)
 
 
 BATCH = 16

@@ -95,7 +95,6 @@ def calibrated(
         "test_prompts": 12,
         "policy_prompts": 8,
         # What an endpoint cannot give:
-        "message_width": 0,
         "refine_steps": 0,
     }
     here = {"model": str(model_dir), "out": folder / "here"}
