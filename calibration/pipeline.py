@@ -250,7 +250,7 @@ def calibrate_subject(
         *spread(splits.train, "benign", "ordinary", _DIRECTION_PROMPTS),
     ]
     progress.stage("capture hidden states", len(prompts) + len(leading))
-    middle = range(max(1, n_layers // 4), max(3, 5 * n_layers // 12 + 1), max(1, n_layers // 12))
+    middle = range(max(1, n_layers // 2), max(3, 5 * n_layers // 8 + 1), max(1, n_layers // 8))
     message_layers = sorted({max(1, round(share * n_layers)) for share in _MESSAGE_DEPTHS})
 
     def captured(
