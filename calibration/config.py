@@ -144,7 +144,7 @@ class CalibrationConfig(BaseModel):
     )
 
     def thorough(self) -> CalibrationConfig:
-        """The same with more prompts, seeds and steps: twice the time, narrower intervals."""
+        """The same with more prompts, seeds and steps: narrower intervals, and it takes longer."""
         more = {
             "refine_seeds": 2,
             "refine_steps": 32,

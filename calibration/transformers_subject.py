@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -100,7 +101,7 @@ class TransformersSubject:
         eos = model.generation_config.eos_token_id
         self._eos = set(eos) if isinstance(eos, list) else {eos}
         self._prefix, self._prefix_cache = self._shared_prefix()
-        self._message_opening_ids = message_opening(self._tokenizer, self._samples)
+        self._message_opening_ids = message_opening(self._tokenizer, self._samples, TemplateError)
 
     @property
     def identity(self) -> ModelIdentity:

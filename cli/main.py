@@ -181,7 +181,7 @@ def calibrate(
         bool,
         typer.Option(
             "--thorough",
-            help="More seeds, steps and prompts, and KL over whole openings: twice the time.",
+            help="More seeds, steps and prompts, and KL over whole openings; takes longer.",
         ),
     ] = False,
     answer_opening: Annotated[

@@ -83,7 +83,9 @@ def instruction_suffix(
     return suffix
 
 
-def message_opening(tokenizer: Any, instructions: Sequence[str]) -> list[int]:
+def message_opening(
+    tokenizer: Any, instructions: Sequence[str], refusal: type[Exception]
+) -> list[int]:
     """Return the token ids that a chat template puts right before every user message.
 
     They are what the beginning of a chat and that of its second turn end with alike, so that a
@@ -92,6 +94,8 @@ def message_opening(tokenizer: Any, instructions: Sequence[str]) -> list[int]:
     Args:
         tokenizer: with a chat template.
         instructions: user messages of which at least two are different tokens.
+        refusal: what a template raises that takes no such conversation: jinja2's `TemplateError`,
+            which the guard does not depend on.
 
     Returns:
         Nothing where the template takes no second turn or shares nothing with it.
@@ -99,10 +103,7 @@ def message_opening(tokenizer: Any, instructions: Sequence[str]) -> list[int]:
     first = common_start([chat_ids(tokenizer, [text]) for text in instructions])
     try:
         later = common_start([chat_ids(tokenizer, ["A", "B", text]) for text in instructions])
-    except Exception as error:
-        # jinja2's, by which templates refuse a conversation; the guard does not depend on it.
-        if type(error).__module__.split(".")[0] != "jinja2":
-            raise
+    except refusal:
         return []
     return common_start([first[::-1], later[::-1]])[::-1]
 

@@ -159,6 +159,7 @@ def _model_facts(config: Any) -> tuple[ModelFacts, Any]:
     Raises:
         UnsupportedModelError: it cannot be read, or has no chat template.
     """
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     identity = checkpoint_identity(config)
@@ -175,7 +176,7 @@ def _model_facts(config: Any) -> tuple[ModelFacts, Any]:
         suffix_ids=instruction_suffix(
             lambda text: chat_ids(tokenizer, [text]), distinct_instructions(tokenizer)
         ),
-        opening_ids=message_opening(tokenizer, distinct_instructions(tokenizer)),
+        opening_ids=message_opening(tokenizer, distinct_instructions(tokenizer), TemplateError),
         end_ids=[ends] if isinstance(ends, int) else list(ends),
         max_tokens=config.max_model_len,
     )
