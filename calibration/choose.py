@@ -1,9 +1,9 @@
 """Which candidate becomes the carrier: effect at equal KL, controls, generated responses.
 
     candidates ─► sweep ─► refined ─► choose: admit against random controls ─► confirm
-                  effect   by         (interval above every control's)         answers change,
-                  at       gradient                                            stay coherent, and
-                  equal KL                                                     leave some budget
+                  effect   by         (interval above every control's)         answers change
+                  at       gradient                                            and stay coherent
+                  equal KL
 
 Once for raising, once for lowering.
 """
@@ -65,8 +65,8 @@ _CONFIRMED = 2
 _LAYERS_APART = 2
 _LAYERS_TRIED = 12
 _STARTS_APART = 4
+_STARTS_TRIED = 12
 _CONFIRM_SCALES = (1.0, 2.0)
-_MOST_SPENT = 0.9
 _DOSES = torch.tensor([0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0])
 
 
@@ -160,13 +160,23 @@ def refined(
     config: CalibrationConfig,
     progress: Progress,
 ) -> list[Effect]:
-    """Refine the best directions by gradient, and measure what comes out on validation prompts."""
+    """Refine the best directions by gradient, and measure what comes out on validation prompts.
+
+    What raising starts from must be admissible as it is, found in the model: gradients alone find a
+    vector that writes a refusal into a model without any carrier. Lowering needs no such proof, as
+    no guard lowers without a raise carrier.
+    """
     starts: list[Candidate] = []
+    tried = 0
     for effect in sorted((e for e in effects if e.can_spend), key=lambda e: -e.shift_per_nat):
         candidate = effect.candidate
-        near = any(abs(candidate.layer - s.layer) < _STARTS_APART for s in starts)
-        if not near and len(starts) < config.refine_layers:
+        if any(abs(candidate.layer - s.layer) < _STARTS_APART for s in starts):
+            continue
+        tried += 1
+        if sign == "lower" or admit(subject, bench, effect, config.n_controls).admissible:
             starts.append(candidate)
+        if len(starts) == config.refine_layers or tried == _STARTS_TRIED:
+            break
     layers = sorted({start.layer for start in starts})
     lessons = teach(subject, heard, responses, tokens, sign, layers) if starts else None
     if lessons is None:
@@ -234,8 +244,7 @@ def choose(
     if not trials:
         return None, (
             f"no {sign} candidate is admissible: {len(admitted)} stand apart from chance, but none"
-            " changes responses, keeps them coherent and leaves some of the budget: a model that"
-            " refuses by itself goes on with a refusal once it has begun"
+            " changes responses and keeps them coherent"
         )
     # The greatest effect; among those within one prompt of it, the one that spends least.
     most = max(_gain(trial, sign) for trial in trials)
@@ -307,7 +316,7 @@ class Draft:
         """Answer prompts with the zone forced and the whole budget.
 
         Returns:
-            The choice; None if responses do not move, come apart or take the whole budget.
+            The choice; None if responses do not move or come apart.
         """
         scale = factor * admission.effect.scale
         trial = Choice(admission.effect, admission, scale, [], {}, torch.empty(0))
@@ -329,14 +338,8 @@ class Draft:
             f" {rates['kl_nats'].value:.2f} nats"
         )
         added = rates["incoherent_guarded"].value - rates["incoherent_base"].value
-        # A model that refuses by itself goes on with a refusal that has begun, and spending stops.
-        # Gradients can also find what writes a refusal word by word, at the whole budget for every
-        # response, into a model that has none.
-        spent = rates["kl_nats"].value / self.policy.raise_budget_nats
-        refined = admission.effect.candidate.family == "gradient_refined"
-        written = sign == "raise" and refined and spent > _MOST_SPENT
         useful = _gain(trial, sign) > 0 and added * len(pairs) <= 1.0
-        return trial if useful and not written else None
+        return trial if useful else None
 
     def artifact(self, chosen: dict[Sign, Choice], certify: bool = False) -> CarrierArtifact:
         """Put a guard together; `certify` opens the lower zone for a confirmation run."""
