@@ -28,7 +28,7 @@ __all__ = ["Admission", "Bench", "Effect", "RefusalTokens", "admit", "dose_respo
 Sign = Literal["raise", "lower"]
 _SCALES = (1.0, 2.0, 4.0)
 _CONTROL_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0)
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 448
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Bench:
         safe: rows on which KL is measured (ordinary and hard benign prompts).
         targets: rows on which the effect is measured: for "raise" harmful prompts that the base
             is about to answer, for "lower" benign prompts that it is about to refuse.
-        confirming: rows, likewise by what they show, that confirm a carrier by whole responses.
+        admitting: likewise, more of them, on which a candidate is put against controls.
+        confirming: likewise, those that confirm a carrier by whole responses.
         tokens: the model's refusal openings.
         safe_kl_nats: the price of every dose.
         seed: of bootstraps and controls.
@@ -68,6 +69,7 @@ class Bench:
     prompts: list[str]
     safe: list[int]
     targets: dict[Sign, list[int]]
+    admitting: dict[Sign, list[int]]
     confirming: dict[Sign, list[int]]
     tokens: RefusalTokens
     safe_kl_nats: float
@@ -120,11 +122,13 @@ class Admission:
     """A candidate against random controls.
 
     Attributes:
-        effect: the candidate's.
+        compared: the candidate's effect as all candidates were compared.
+        effect: the same on the rows that the controls were measured on.
         at_kl: controls scaled and mixed to the same KL.
         at_norm: controls of the same norm at dose 1, whatever they spend.
     """
 
+    compared: Effect
     effect: Effect
     at_kl: list[Effect]
     at_norm: list[Effect]
@@ -174,14 +178,19 @@ def measure(
 
 
 def admit(subject: Subject, bench: Bench, effect: Effect, n_controls: int) -> Admission:
-    """Put a candidate against random directions matched in norm and matched in KL."""
-    candidate = effect.candidate
-    noise = random_directions(effect.scale * candidate.direction, n_controls, bench.seed)
+    """Put a candidate against random directions matched in norm and matched in KL.
+
+    It is measured again with them, on the rows of `bench.admitting`, where intervals are narrower.
+    """
+    bench, candidate = replace(bench, targets=bench.admitting), effect.candidate
+    (again,) = measure(subject, bench, [candidate], effect.sign)
+    noise = random_directions(again.scale * candidate.direction, n_controls, bench.seed)
     controls = [
         replace(candidate, direction=row, family="random_control", subspace=None) for row in noise
     ]
     at_norm = _measure_at(subject, bench, controls, effect.sign, 1.0)
-    return Admission(effect, _scale_up(subject, bench, at_norm, _CONTROL_SCALES), at_norm)
+    at_kl = _scale_up(subject, bench, at_norm, _CONTROL_SCALES)
+    return Admission(effect, again, at_kl, at_norm)
 
 
 @torch.inference_mode()

@@ -58,14 +58,14 @@ __all__ = ["SIGNS", "Choice", "Draft", "choose", "make_bench", "refined", "sweep
 SIGNS: tuple[Sign, ...] = ("raise", "lower")
 _SAFE_ROWS = 32
 _TARGET_ROWS = 24
+_ADMITTING_ROWS = 48
 _MIN_TARGETS = 8
 _RAISE_IF_REFUSAL_BELOW = 0.9
 _LOWER_IF_REFUSAL_ABOVE = 0.1
 _CONFIRMED = 2
 _LAYERS_APART = 2
-_LAYERS_TRIED = 12
+_LAYERS_TRIED = 8
 _STARTS_APART = 4
-_STARTS_TRIED = 12
 _CONFIRM_SCALES = (1.0, 2.0)
 _DOSES = torch.tensor([0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0])
 
@@ -75,8 +75,8 @@ class Choice:
     """The carrier chosen for one direction of steering.
 
     Attributes:
-        effect: at equal KL, on validation prompts.
-        admission: against random controls.
+        effect: at equal KL, on validation prompts, as all candidates were compared.
+        admission: against random controls, on more of them.
         scale: factor on the direction in the guard.
         confirmed: validation prompts answered with it, zone forced, full budget.
         rates: of `confirmed`.
@@ -97,7 +97,7 @@ def make_bench(
     """Run the validation prompts once and pick those on which candidates are compared."""
     pool = splits.validation
     safe = [p for s in ("ordinary", "hard") for p in spread(pool, "benign", s, _SAFE_ROWS // 2)]
-    most = max(_TARGET_ROWS, config.confirm_prompts)
+    most = max(_ADMITTING_ROWS, config.confirm_prompts)
     harmful = spread(pool, "harmful", None, 2 * most)
     refused = spread(pool, "benign", "hard", 2 * most)
     asked = list(dict.fromkeys([*safe, *harmful, *refused]))
@@ -109,9 +109,11 @@ def make_bench(
     refusal = refusal_probability(step.logits.cpu(), tokens.ids, tokens.weights)
 
     def undecided(rows: list[int], moved: Callable[[float], bool], most: int) -> list[int]:
-        """Rows that serving would steer; where those are too few, the nearest to them."""
+        """An even part of what serving would steer; where that is too little, the nearest to it."""
         n_steered = sum(moved(float(refusal[i])) for i in rows)
-        return rows[: min(max(n_steered, _MIN_TARGETS), most)]
+        rows = rows[: max(n_steered, _MIN_TARGETS)]
+        step = max(1.0, len(rows) / most)
+        return [rows[int(i * step)] for i in range(min(len(rows), most))]
 
     def targets(most: int) -> dict[Sign, list[int]]:
         return {
@@ -126,6 +128,7 @@ def make_bench(
         [p.text for p in asked],
         [row[p] for p in safe],
         targets(_TARGET_ROWS),
+        targets(_ADMITTING_ROWS),
         targets(config.confirm_prompts),
         tokens.to(step.logits.device),
         config.safe_kl_nats,
@@ -160,23 +163,14 @@ def refined(
     config: CalibrationConfig,
     progress: Progress,
 ) -> list[Effect]:
-    """Refine the best directions by gradient, and measure what comes out on validation prompts.
-
-    What raising starts from must be admissible as it is, found in the model: gradients alone find a
-    vector that writes a refusal into a model without any carrier. Lowering needs no such proof, as
-    no guard lowers without a raise carrier.
-    """
+    """Refine the best directions by gradient, and measure what comes out on validation prompts."""
+    wanted = config.refine_layers if sign == "raise" else (config.refine_layers + 1) // 2
     starts: list[Candidate] = []
-    tried = 0
     for effect in sorted((e for e in effects if e.can_spend), key=lambda e: -e.shift_per_nat):
         candidate = effect.candidate
-        if any(abs(candidate.layer - s.layer) < _STARTS_APART for s in starts):
-            continue
-        tried += 1
-        if sign == "lower" or admit(subject, bench, effect, config.n_controls).admissible:
+        near = any(abs(candidate.layer - s.layer) < _STARTS_APART for s in starts)
+        if not near and len(starts) < wanted:
             starts.append(candidate)
-        if len(starts) == config.refine_layers or tried == _STARTS_TRIED:
-            break
     layers = sorted({start.layer for start in starts})
     lessons = teach(subject, heard, responses, tokens, sign, layers) if starts else None
     if lessons is None:
@@ -223,7 +217,7 @@ def choose(
         if admission.admissible:
             admitted.append(admission)
         progress.note(
-            f"{sign}: {effect.candidate.family}, layer {layer}: shift {effect.shift}"
+            f"{sign}: {effect.candidate.family}, layer {layer}: shift {admission.effect.shift}"
             f" {'admissible' if admission.admissible else 'not admissible'}"
         )
         enough = _LAYERS_TRIED // 4 if admitted else _LAYERS_TRIED
@@ -319,7 +313,7 @@ class Draft:
             The choice; None if responses do not move or come apart.
         """
         scale = factor * admission.effect.scale
-        trial = Choice(admission.effect, admission, scale, [], {}, torch.empty(0))
+        trial = Choice(admission.compared, admission, scale, [], {}, torch.empty(0))
         pairs = answer_pairs(
             self.subject,
             self.artifact({**chosen, sign: trial}, certify=True),
@@ -412,7 +406,7 @@ def _guarantee(confidence: float | None) -> dict[str, Any]:
 
 
 def _spec(choice: Choice) -> CarrierSpec:
-    effect = choice.effect
+    effect = choice.admission.effect
     candidate = effect.candidate
     return CarrierSpec(
         layer=candidate.layer,

@@ -77,6 +77,11 @@ class CalibrationConfig(BaseModel):
     lower_budget_nats: float = Field(
         default=1.0, gt=0.0, description="Budget at which a lower carrier is confirmed."
     )
+    most_prompts: int = Field(
+        default=5000,
+        ge=0,
+        description="Prompts that are used, at most, drawn evenly from all kinds; 0: all of them.",
+    )
     message_width: int = Field(
         default=64,
         ge=0,
@@ -89,17 +94,19 @@ class CalibrationConfig(BaseModel):
         ge=0,
         description="Gradient steps by which directions are refined; 0 for none.",
     )
-    refine_layers: int = Field(default=2, ge=1, description="Layers refined for each direction.")
+    refine_layers: int = Field(
+        default=2, ge=1, description="Layers refined to raise; half as many to lower."
+    )
     refine_seeds: int = Field(default=1, ge=1, description="Refinements of each of them.")
     n_controls: int = Field(
         default=24, ge=20, description="Random directions that a carrier must beat."
     )
-    batch_size: int = Field(default=32, ge=1, description="Prompts that are run together.")
+    batch_size: int = Field(default=64, ge=1, description="Prompts that are run together.")
     listen_tokens: int = Field(
         default=20, ge=4, description="Length of the responses from which refusals are learned."
     )
     confirm_tokens: int = Field(
-        default=24, ge=8, description="Length of the responses by which carriers are confirmed."
+        default=20, ge=8, description="Length of the responses by which carriers are confirmed."
     )
     test_tokens: int = Field(
         default=32, ge=8, description="Length of the responses to held-out prompts."
@@ -108,7 +115,7 @@ class CalibrationConfig(BaseModel):
         default=48, ge=0, description="Held-out prompts answered with and without the guard."
     )
     disguised_prompts: int = Field(
-        default=24,
+        default=12,
         ge=0,
         description="Held-out prompts of each side on which the gate is tried in disguises, such as"
         " base64; 0: none.",
@@ -146,6 +153,7 @@ class CalibrationConfig(BaseModel):
     def thorough(self) -> CalibrationConfig:
         """The same with more prompts, seeds and steps: narrower intervals, and it takes longer."""
         more = {
+            "most_prompts": 0,
             "refine_seeds": 2,
             "refine_steps": 32,
             "confirm_prompts": 64,

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _N_HEADS, _N_VALUES, _N_TEMPLATE, _N_HIDDEN = 4, 8, 16, 32
-_STEPS, _EVERY, _RATE, _DECAY, _DROPOUT = 120, 20, 3e-3, 0.3, 0.3
+_STEPS, _EVERY, _RATE, _DECAY, _DROPOUT = 200, 20, 3e-3, 0.3, 0.5
 _RIDGE = 1.0  # times the mean of the diagonal: it ranks layers, and is not tuned
 
 

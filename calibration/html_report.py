@@ -172,7 +172,7 @@ def _carriers(result: CalibrationResult) -> Iterable[str]:
                 str(choice.effect.candidate.layer),
                 str(choice.effect.candidate.position),
                 f"{spec.norm_share:.2f}" if (spec := specs[sign]) else "",
-                _interval(choice.effect.shift),
+                _interval(choice.admission.effect.shift),
                 _interval(figures.best_control(choice)),
                 str(len(result.effects[sign])),
             ]

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from scipy.stats import fisher_exact
 from torch import Tensor
 
 from calibration.capture import WorkFolder, capture, fingerprint, listen
@@ -55,6 +56,7 @@ from calibration.prompts import (
     shipped_prompts,
     split_prompts,
     spread,
+    thinned,
 )
 from calibration.safety import safe_kl
 from calibration.statistics import auroc
@@ -74,11 +76,14 @@ from guard.refusal import Verdict, judge
 __all__ = ["CalibrationResult", "calibrate", "calibrate_subject"]
 
 _MIN_REFUSALS = 8
+_BY_CHANCE = 0.01
 _DEEPEST = 0.8
 _SAFE_PROMPTS = 32
 _SUBSPACE_SIZES = (4,)
 _DIRECTION_PROMPTS = 256
 """Of each kind, from which directions are computed: twice what Arditi et al. 2024 take."""
+_MOST_HELD = (400, 500, 500)
+"""Prompts of the validation, calibration and test splits, at most."""
 _MESSAGE_DEPTHS = (1 / 3, 5 / 12)
 """Shares of the layers below which whole messages are captured: 8 and 10 of 24."""
 _ALPHAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
@@ -149,7 +154,7 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
         NoAdmissibleCarrierError: nothing meets the KL constraint and beats the controls; no guard
             is written.
     """
-    prompts = gather_prompts(config)
+    prompts = thinned(gather_prompts(config), config.most_prompts, config.seed)
 
     progress = progress or Silent()
     progress.stage("load model", None)
@@ -232,7 +237,7 @@ def calibrate_subject(
     """
     clock = _Clock()
     notes: list[str] = []
-    splits = split_prompts(prompts, config.seed)
+    splits = split_prompts(prompts, config.seed, _shares(len(prompts)))
     n_layers = subject.identity.n_layers
 
     # How does this model refuse?
@@ -321,7 +326,7 @@ def calibrate_subject(
             " candidates are differences in means and subspaces"
         )
     elif config.refine_steps:
-        progress.stage("refine", 2 * config.refine_layers * config.refine_seeds)
+        progress.stage("refine", None)
         for sign in SIGNS:
             effects[sign] += refined(
                 subject, bench, effects[sign], heard, responses, tokens, sign, config, progress
@@ -414,32 +419,61 @@ def learn_refusals(
         The tokens, and the model's most frequent refusals as text.
 
     Raises:
-        NoAdmissibleCarrierError: the model hardly ever refuses.
+        NoAdmissibleCarrierError: the model hardly ever refuses, or harmful prompts no more often
+            than others: gradients would find a vector that writes a refusal, and carries none.
     """
     seen: Counter[int] = Counter()
     refusing: Counter[int] = Counter()
     texts: Counter[str] = Counter()
-    for response in responses:
+    counts = {label: [0, 0] for label in ("harmful", "benign")}  # refused, answered
+    for prompt, response in zip(prompts, responses, strict=True):
         if not response:
             continue
         seen[response[0]] += 1
         text = subject.decode(response)
-        if judge(text) in (Verdict.REFUSED, Verdict.PARTIAL):
+        refused = judge(text) in (Verdict.REFUSED, Verdict.PARTIAL)
+        if prompt.label == "harmful" or prompt.stratum == "ordinary":
+            counts[prompt.label][0 if refused else 1] += 1
+        if refused:
             refusing[response[0]] += 1
             texts[text.strip()] += 1
     total = sum(refusing.values())
+    why = ""
     if total < _MIN_REFUSALS:
-        harmful = sum(p.label == "harmful" for p in prompts)
+        why = (
+            f"it refused {total} of {len(prompts)} prompts; at least {_MIN_REFUSALS} refusals are"
+            " needed to find what carries refusal in it"
+        )
+    elif sum(counts["benign"]) >= _MIN_REFUSALS and not _refuses_harm(counts):
+        (harm, answered), (other, rest) = counts["harmful"], counts["benign"]
+        why = (
+            f"it refused {harm} of {harm + answered} harmful prompts and {other} of {other + rest}"
+            " ordinary ones: nothing says that its refusals go with harm"
+        )
+    if why:
         raise NoAdmissibleCarrierError(
-            f"{subject.identity.model_id}: no admissible carrier: it refused {total} of"
-            f" {len(prompts)} prompts ({harmful} of them harmful); at least {_MIN_REFUSALS}"
-            " refusals are needed to find what carries refusal in it. No guard written."
+            f"{subject.identity.model_id}: no admissible carrier: {why}. No guard written."
         )
     weights = {t: k / (seen[t] + 1) for t, k in refusing.items()}
     kept = sorted((t for t, w in weights.items() if w >= 0.2), key=lambda t: -refusing[t])
     kept = kept or [refusing.most_common(1)[0][0]]
     tokens = RefusalTokens(torch.tensor(kept), torch.tensor([weights[t] for t in kept]))
     return tokens, [text for text, _ in texts.most_common(8)]
+
+
+def _shares(n_prompts: int) -> tuple[float, float, float, float]:
+    """Of the four splits: what is held out stops growing where intervals are narrow enough."""
+    held = [
+        min(share, most / n_prompts)
+        for share, most in zip((0.15, 0.2, 0.2), _MOST_HELD, strict=True)
+    ]
+    return 1.0 - sum(held), held[0], held[1], held[2]
+
+
+def _refuses_harm(counts: dict[str, list[int]]) -> bool:
+    """Harmful prompts are refused more often than benign ones (Fisher's exact test)."""
+    found = fisher_exact([counts["harmful"], counts["benign"]], alternative="greater")
+    return float(found.pvalue) < _BY_CHANCE
 
 
 class _Clock:

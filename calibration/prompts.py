@@ -33,6 +33,7 @@ __all__ = [
     "shipped_prompts",
     "split_prompts",
     "spread",
+    "thinned",
 ]
 
 Label = Literal["harmful", "benign"]
@@ -170,6 +171,14 @@ def datasets_sha256(prompts: Sequence[Prompt]) -> str:
         for prompt in prompts
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def thinned(prompts: Sequence[Prompt], most: int, seed: int) -> list[Prompt]:
+    """At most about `most` prompts (0: all), drawn evenly from all kinds; groups go whole."""
+    if most == 0 or len(prompts) <= most:
+        return list(prompts)
+    share = most / len(prompts)
+    return list(split_prompts(prompts, seed, (share, 1.0 - share, 0.0, 0.0)).train)
 
 
 def split_prompts(

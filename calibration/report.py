@@ -66,7 +66,7 @@ def _markdown(result: CalibrationResult) -> str:
         "|---|---|---|---|---|---|",
     ]
     for sign, choice in result.chosen.items():
-        effect = choice.effect
+        effect = choice.admission.effect
         spec = manifest.raise_carrier if sign == "raise" else manifest.lower_carrier
         share = spec.norm_share if spec is not None else 0.0
         lines.append(

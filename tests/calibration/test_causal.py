@@ -177,6 +177,7 @@ def bench(subject: TransformersSubject, tiny_tokenizer: PreTrainedTokenizerFast)
         list(range(32)),
         {"raise": list(range(32, 48)), "lower": list(range(16, 32))},
         {"raise": list(range(32, 48)), "lower": list(range(16, 32))},
+        {"raise": list(range(32, 48)), "lower": list(range(16, 32))},
         RefusalTokens(torch.tensor([opening]), torch.ones(1)),
         SAFE_KL,
         seed=0,
