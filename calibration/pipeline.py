@@ -467,7 +467,7 @@ def _shares(n_prompts: int) -> tuple[float, float, float, float]:
         min(share, most / n_prompts)
         for share, most in zip((0.15, 0.2, 0.2), _MOST_HELD, strict=True)
     ]
-    return 1.0 - sum(held), held[0], held[1], held[2]
+    return round(1.0 - sum(held), 9), held[0], held[1], held[2]
 
 
 def _refuses_harm(counts: dict[str, list[int]]) -> bool:

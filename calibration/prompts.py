@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from math import fsum
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -208,7 +209,7 @@ def split_prompts(
     for group in sorted(_groups(prompts), key=lambda group: _draw(seed, prompts, group)):
         levels = [level for i in group for level in _levels(prompts[i])]
         behind = [
-            sum(share * (sum(dealt[level]) + 1) - dealt[level][part] for level in levels)
+            fsum(share * (sum(dealt[level]) + 1) - dealt[level][part] for level in levels)
             for part, share in enumerate(shares)
         ]
         chosen = behind.index(max(behind))

@@ -110,7 +110,8 @@ WEAK = effect((-0.2, 0.3), (-0.2, 0.6))
 
 
 def test_a_carrier_whose_intervals_stand_apart_both_ways_is_admissible() -> None:
-    admission = Admission(effect((0.31, 0.5), (0.61, 0.9)), [WEAK] * 20, [WEAK] * 20)
+    mine = effect((0.31, 0.5), (0.61, 0.9))
+    admission = Admission(mine, mine, [WEAK] * 20, [WEAK] * 20)
     assert admission.admissible
     assert admission.why_not == ""
 
@@ -125,7 +126,7 @@ def test_a_carrier_whose_intervals_stand_apart_both_ways_is_admissible() -> None
     ],
 )
 def test_what_touches_or_overlaps_or_cannot_spend_is_not_admissible(mine: Effect) -> None:
-    admission = Admission(mine, [WEAK] * 20, [WEAK] * 20)
+    admission = Admission(mine, mine, [WEAK] * 20, [WEAK] * 20)
     assert not admission.admissible
     assert admission.why_not != ""
 
@@ -133,21 +134,21 @@ def test_what_touches_or_overlaps_or_cannot_spend_is_not_admissible(mine: Effect
 def test_one_strong_control_of_either_kind_is_enough_to_refuse_a_carrier() -> None:
     mine = effect((0.4, 0.5), (0.7, 0.9))
     by_kl, by_norm = effect((0.3, 0.45), (0, 0.1)), effect((0, 0.1), (0.3, 0.75))
-    assert Admission(mine, [WEAK] * 19 + [WEAK], [WEAK] * 20).admissible
-    assert not Admission(mine, [WEAK] * 19 + [by_kl], [WEAK] * 20).admissible
-    assert not Admission(mine, [WEAK] * 20, [WEAK] * 19 + [by_norm]).admissible
+    assert Admission(mine, mine, [WEAK] * 19 + [WEAK], [WEAK] * 20).admissible
+    assert not Admission(mine, mine, [WEAK] * 19 + [by_kl], [WEAK] * 20).admissible
+    assert not Admission(mine, mine, [WEAK] * 20, [WEAK] * 19 + [by_norm]).admissible
 
 
 def test_an_effect_that_may_be_nothing_is_not_admissible_whatever_the_controls() -> None:
     bad = effect((-0.9, -0.8), (-0.9, -0.8))
     for mine in (effect((0.0, 0.5), (0.1, 0.9)), effect((0.1, 0.5), (-0.1, 0.9))):
-        assert not Admission(mine, [bad] * 20, [bad] * 20).admissible
+        assert not Admission(mine, mine, [bad] * 20, [bad] * 20).admissible
 
 
 def test_the_reason_names_the_way_in_which_the_carrier_failed() -> None:
     """It beats every control at equal KL, so the KL figures do not explain the refusal."""
     mine = effect((0.4, 0.5), (0.5, 0.9))
-    admission = Admission(mine, [WEAK] * 20, [WEAK] * 20)
+    admission = Admission(mine, mine, [WEAK] * 20, [WEAK] * 20)
     assert not admission.admissible
     assert str(mine.full_shift) in admission.why_not
 
@@ -240,6 +241,18 @@ def test_controls_match_the_candidate_in_norm_and_in_kl(
     for control in spending:
         assert control.safe_kl.value == pytest.approx(SAFE_KL, rel=0.05)
     assert all(c.full_shift.high < found.full_shift.low for c in admission.at_norm)
+
+
+def test_a_candidate_meets_its_controls_on_the_rows_for_admitting(
+    subject: TransformersSubject, bench: Bench
+) -> None:
+    fewer = replace(bench, targets={"raise": bench.admitting["raise"][:4], "lower": []})
+    (found,) = measure(subject, fewer, [planted()], "raise")
+    admission = admit(subject, fewer, found, 20)
+    (again,) = measure(subject, bench, [planted()], "raise")
+    assert admission.compared.shift.n == 4
+    assert admission.effect.shift == again.shift
+    assert {c.shift.n for c in (*admission.at_kl, *admission.at_norm)} == {16}
 
 
 def test_a_random_direction_is_not_admissible(subject: TransformersSubject, bench: Bench) -> None:

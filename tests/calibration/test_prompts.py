@@ -23,6 +23,7 @@ from calibration.prompts import (
     load_prompts,
     shipped_prompts,
     split_prompts,
+    thinned,
 )
 from guard.errors import InputError, PromptSetError
 
@@ -268,6 +269,25 @@ def test_the_parts_are_the_same_for_a_seed_whatever_the_order_and_differ_between
     first, second = split_prompts(prompts, seed=3), split_prompts(shuffled, seed=3)
     assert [set(part) for part in parts(first)] == [set(part) for part in parts(second)]
     assert set(first.test) != set(split_prompts(prompts, seed=4).test)
+
+
+def test_a_thinned_set_is_an_even_part_and_keeps_pairs_whole() -> None:
+    prompts = shipped_prompts()
+    kept = thinned(prompts, 2000, seed=0)
+    assert len(kept) == pytest.approx(2000, abs=20)
+    assert set(kept) <= set(prompts)
+    pairs = Counter(p.pair_id for p in kept if p.pair_id)
+    assert set(pairs.values()) == {2}
+    share = len(kept) / len(prompts)
+    sizes = Counter((p.label, p.stratum) for p in prompts)
+    for kind, n in Counter((p.label, p.stratum) for p in kept).items():
+        assert n == pytest.approx(share * sizes[kind], abs=0.03 * sizes[kind] + 2)
+
+
+def test_a_set_that_is_small_enough_is_not_thinned() -> None:
+    prompts = numbered("harmful", 40) + numbered("benign", 40)
+    assert thinned(prompts, 80, seed=0) == prompts
+    assert thinned(prompts, 0, seed=0) == prompts
 
 
 def test_each_part_has_its_share_of_every_label_and_stratum() -> None:

@@ -21,6 +21,7 @@ from calibration.prompts import Prompt
 from calibration.refine import RefineSettings, mix_at_budget, refine, teach
 from calibration.subject import GradientSubject
 from calibration.transformers_subject import TransformersSubject, load_subject
+from guard.errors import NoAdmissibleCarrierError
 from guard.gate import refusal_probability
 from guard.kl import kl_per_token, mix_within_budget
 from tests.tiny_refuser import (
@@ -140,6 +141,14 @@ def test_a_refined_direction_does_more_at_the_same_budget_than_where_it_began(
     begun = noise * refined.direction.norm() / noise.norm()
     gain = refusal_at_half_a_nat(refined.direction) - refusal_at_half_a_nat(begun)
     assert towards * gain > 0.1
+
+
+def test_refusals_that_do_not_go_with_harm_carry_nothing(heard: Heard) -> None:
+    refusal = next(r for r in heard.responses if heard.subject.decode(r).startswith("i cannot"))
+    answer = heard.responses[-1]  # to an ordinary prompt
+    responses = [refusal if i % 3 == 0 else answer for i in range(len(heard.prompts))]
+    with pytest.raises(NoAdmissibleCarrierError, match=r"harmful prompts and \d+ of \d+ ordinary"):
+        learn_refusals(heard.subject, heard.prompts, responses)
 
 
 def test_nothing_can_be_learned_where_nothing_is_refused(heard: Heard) -> None:

@@ -30,7 +30,7 @@ def subject(
 def choice(dose: float, scale: float = 4.0) -> Choice:
     candidate = Candidate(PLANTED_LAYER, -1, planted_direction(), 1.0)
     effect = Effect(candidate, "raise", scale, dose, True, NOTHING, NOTHING, 0.0, NOTHING)
-    admission = Admission(effect, [], [])
+    admission = Admission(effect, effect, [], [])
     return Choice(effect, admission, scale, [], {}, torch.empty(0))
 
 
