@@ -154,7 +154,9 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
         NoAdmissibleCarrierError: nothing meets the KL constraint and beats the controls; no guard
             is written.
     """
-    prompts = thinned(gather_prompts(config), config.most_prompts, config.seed)
+    gathered = gather_prompts(config)
+    prompts = thinned(gathered, config.most_prompts, config.seed)
+    check_two_sided(prompts)
 
     progress = progress or Silent()
     progress.stage("load model", None)
@@ -177,6 +179,11 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
     except NoAdmissibleCarrierError:
         work.remove()  # an answer, too
         raise
+    if len(prompts) < len(gathered):
+        result.notes.append(
+            f"{len(prompts):,} of {len(gathered):,} prompts were used, drawn evenly from all kinds"
+            " (--most-prompts; --thorough: all)"
+        )
     progress.stage("write", None)
     save_artifact(result.artifact, config.out)
     result.artifact = load_artifact(config.out)

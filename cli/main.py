@@ -169,6 +169,10 @@ def calibrate(
     policy_prompts: Annotated[
         int, typer.Option(help="Prompts of each kind on which policies are compared; 0: none.")
     ] = 32,
+    most_prompts: Annotated[
+        int,
+        typer.Option(help="Prompts that are used, at most, drawn evenly from all kinds; 0: all."),
+    ] = 5000,
     confidence: Annotated[
         float | None,
         typer.Option(
@@ -273,6 +277,7 @@ def calibrate(
             target_over_refusal=target_over_refusal,
             budget_nats=budget_nats,
             policy_prompts=policy_prompts,
+            most_prompts=most_prompts,
             answer_opening=answer_opening,
             report_dir=report,
             work_dir=work_dir,
