@@ -36,7 +36,13 @@ from benchmarks.frontier_points import SETS, Reply, Trial, completions, picture,
 from calibration.config import CalibrationConfig
 from calibration.directions import random_directions
 from calibration.evaluate import read_gate
-from calibration.prompts import Prompt, load_prompts, shipped_prompts, split_prompts
+from calibration.prompts import (
+    MOST_PROMPTS,
+    Prompt,
+    calibration_splits,
+    load_prompts,
+    shipped_prompts,
+)
 from calibration.transformers_subject import TransformersSubject, load_subject
 from cli.models import resolve_model
 from guard.artifact import CarrierArtifact, load_artifact
@@ -278,7 +284,7 @@ def gate_range(artifact: CarrierArtifact) -> tuple[float, float]:
 
 def gather(files: dict[str, list[Path]], seed: int, n: int) -> dict[str, list[str]]:
     """At most n prompts a set, from all over the files or over the shipped test split."""
-    test = split_prompts(shipped_prompts(), seed).test
+    test = calibration_splits(shipped_prompts(), MOST_PROMPTS, seed).test
     found = {}
     for key, (label, stratum) in SETS.items():
         kind: list[Prompt] = [

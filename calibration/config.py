@@ -7,6 +7,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from calibration.prompts import MOST_PROMPTS
+
 __all__ = ["CalibrationConfig"]
 
 
@@ -78,7 +80,7 @@ class CalibrationConfig(BaseModel):
         default=1.0, gt=0.0, description="Budget at which a lower carrier is confirmed."
     )
     most_prompts: int = Field(
-        default=5000,
+        default=MOST_PROMPTS,
         ge=0,
         description="Prompts that are used, at most, drawn evenly from all kinds; 0: all of them.",
     )

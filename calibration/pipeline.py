@@ -50,13 +50,12 @@ from calibration.progress import Progress, Silent
 from calibration.prompts import (
     Prompt,
     Splits,
+    calibration_splits,
     check_two_sided,
     datasets_sha256,
     load_prompts,
     shipped_prompts,
-    split_prompts,
     spread,
-    thinned,
 )
 from calibration.safety import safe_kl
 from calibration.statistics import auroc
@@ -82,8 +81,6 @@ _SAFE_PROMPTS = 32
 _SUBSPACE_SIZES = (4,)
 _DIRECTION_PROMPTS = 256
 """Of each kind, from which directions are computed: twice what Arditi et al. 2024 take."""
-_MOST_HELD = (400, 500, 500)
-"""Prompts of the validation, calibration and test splits, at most."""
 _MESSAGE_DEPTHS = (1 / 3, 5 / 12)
 """Shares of the layers below which whole messages are captured: 8 and 10 of 24."""
 _ALPHAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
@@ -154,9 +151,7 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
         NoAdmissibleCarrierError: nothing meets the KL constraint and beats the controls; no guard
             is written.
     """
-    gathered = gather_prompts(config)
-    prompts = thinned(gathered, config.most_prompts, config.seed)
-    check_two_sided(prompts)
+    prompts = gather_prompts(config)
 
     progress = progress or Silent()
     progress.stage("load model", None)
@@ -167,6 +162,7 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
             subject.identity.model_dump_json(),
             datasets_sha256(prompts),
             config.seed,
+            config.most_prompts,
             config.batch_size,
             config.listen_tokens,
             config.device if config.endpoint is None else "endpoint",
@@ -179,11 +175,6 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
     except NoAdmissibleCarrierError:
         work.remove()  # an answer, too
         raise
-    if len(prompts) < len(gathered):
-        result.notes.append(
-            f"{len(prompts):,} of {len(gathered):,} prompts were used, drawn evenly from all kinds"
-            " (--most-prompts; --thorough: all)"
-        )
     progress.stage("write", None)
     save_artifact(result.artifact, config.out)
     result.artifact = load_artifact(config.out)
@@ -244,7 +235,14 @@ def calibrate_subject(
     """
     clock = _Clock()
     notes: list[str] = []
-    splits = split_prompts(prompts, config.seed, _shares(len(prompts)))
+    splits = calibration_splits(prompts, config.most_prompts, config.seed)
+    used = [*splits.train, *splits.validation, *splits.calibration, *splits.test]
+    check_two_sided(used)
+    if len(used) < len(prompts):
+        notes.append(
+            f"{len(used):,} of {len(prompts):,} prompts were used, drawn evenly from all kinds"
+            " (--most-prompts; --thorough: all)"
+        )
     n_layers = subject.identity.n_layers
 
     # How does this model refuse?
@@ -261,7 +259,7 @@ def calibrate_subject(
         *spread(splits.train, "harmful", None, _DIRECTION_PROMPTS),
         *spread(splits.train, "benign", "ordinary", _DIRECTION_PROMPTS),
     ]
-    progress.stage("capture hidden states", len(prompts) + len(leading))
+    progress.stage("capture hidden states", len(used) + len(leading))
     middle = range(max(1, n_layers // 2), max(3, 5 * n_layers // 8 + 1), max(1, n_layers // 8))
     message_layers = sorted({max(1, round(share * n_layers)) for share in _MESSAGE_DEPTHS})
 
@@ -466,15 +464,6 @@ def learn_refusals(
     kept = kept or [refusing.most_common(1)[0][0]]
     tokens = RefusalTokens(torch.tensor(kept), torch.tensor([weights[t] for t in kept]))
     return tokens, [text for text, _ in texts.most_common(8)]
-
-
-def _shares(n_prompts: int) -> tuple[float, float, float, float]:
-    """Of the four splits: what is held out stops growing where intervals are narrow enough."""
-    held = [
-        min(share, most / n_prompts)
-        for share, most in zip((0.15, 0.2, 0.2), _MOST_HELD, strict=True)
-    ]
-    return round(1.0 - sum(held), 9), held[0], held[1], held[2]
 
 
 def _refuses_harm(counts: dict[str, list[int]]) -> bool:

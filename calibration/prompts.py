@@ -24,10 +24,12 @@ from guard.errors import InputError, PromptSetError
 __all__ = [
     "LEAST_PROMPTS",
     "LONGEST_PROMPT",
+    "MOST_PROMPTS",
     "Label",
     "Prompt",
     "Splits",
     "Stratum",
+    "calibration_splits",
     "check_two_sided",
     "datasets_sha256",
     "load_prompts",
@@ -42,6 +44,11 @@ Stratum = Literal["ordinary", "hard"]
 
 LONGEST_PROMPT = 20_000
 """Characters; one longer prompt would slow down or overflow the batch that it is in."""
+_HELD = (0.15, 0.2, 0.2)
+_MOST_HELD = (400, 500, 500)
+"""Shares, and most prompts, of validation, calibration and test: enough for narrow intervals."""
+MOST_PROMPTS = 5000
+"""That a calibration uses unless it is asked for more: a prompt costs most of a forward pass."""
 LEAST_PROMPTS = 32
 """Harmful, and benign, prompts below which nothing can be calibrated."""
 
@@ -180,6 +187,19 @@ def thinned(prompts: Sequence[Prompt], most: int, seed: int) -> list[Prompt]:
         return list(prompts)
     share = most / len(prompts)
     return list(split_prompts(prompts, seed, (share, 1.0 - share, 0.0, 0.0)).train)
+
+
+def calibration_splits(prompts: Sequence[Prompt], most: int, seed: int) -> Splits:
+    """The four splits as a calibration with these settings uses them.
+
+    Args:
+        prompts: all of them.
+        most: that are used, as for `thinned`.
+        seed: of what is used and where it goes.
+    """
+    prompts = thinned(prompts, most, seed)
+    held = [min(share, most / len(prompts)) for share, most in zip(_HELD, _MOST_HELD, strict=True)]
+    return split_prompts(prompts, seed, (round(1.0 - sum(held), 9), held[0], held[1], held[2]))
 
 
 def split_prompts(

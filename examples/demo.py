@@ -24,7 +24,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from calibration.prompts import datasets_sha256, shipped_prompts, split_prompts
+from calibration.prompts import (
+    MOST_PROMPTS,
+    calibration_splits,
+    datasets_sha256,
+    shipped_prompts,
+)
 from guard.artifact import load_artifact
 from guard.errors import ArtifactError
 
@@ -104,7 +109,7 @@ def reusable() -> bool:
         datasets = load_artifact(GUARD).manifest.datasets
     except ArtifactError:
         return False
-    splits = split_prompts(shipped_prompts(), seed=0)
+    splits = calibration_splits(shipped_prompts(), MOST_PROMPTS, seed=0)
     return datasets == {name: datasets_sha256(getattr(splits, name)) for name in datasets}
 
 
