@@ -73,6 +73,19 @@ class CalibrationConfig(BaseModel):
         description="Confidence that alpha and delta hold with these very prompts (PAC); default:"
         " they hold on average over calibrations.",
     )
+    benign_nats: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="Most nats that raising may spend on a benign prompt of a stratum, expected"
+        " (conformal risk control): the threshold rises until that holds.",
+    )
+    added_over_refusal: float | None = Field(
+        default=None,
+        gt=0.0,
+        lt=1.0,
+        description="Most benign prompts of a stratum, expected, that raising makes the model"
+        " refuse (conformal risk control).",
+    )
     raise_budget_nats: float = Field(
         default=4.0, gt=0.0, description="Budget at which a raise carrier is confirmed."
     )

@@ -57,6 +57,7 @@ from calibration.prompts import (
     shipped_prompts,
     spread,
 )
+from calibration.risk import check_feasible, controlled_thresholds, risks
 from calibration.safety import safe_kl
 from calibration.statistics import auroc
 from calibration.subject import GradientSubject, Subject
@@ -291,6 +292,10 @@ def calibrate_subject(
     thresholds = fit_thresholds(held, config.alpha, config.delta, config.confidence)
     if thresholds.note:
         notes.append(thresholds.note)
+    for stratum in ("ordinary", "hard"):
+        n = int(held.mask("benign", stratum).sum())
+        for what, most, target in risks(config) if n else ():
+            check_feasible(n, most, target, f"{what} of {stratum} benign prompts")
     unseen_through = [
         f"{name.removeprefix('auroc_disguised_').replace('_', ' ')} ({area.value:.2f})"
         for name, area in blind.items()
@@ -375,6 +380,19 @@ def calibrate_subject(
         }
         clock.lap("safe prompts")
 
+    # What does raising by mistake cost, and may it?
+    certified: dict[str, Interval] = {}
+    if risks(config):
+        progress.stage("price mistakes", None)
+        thresholds, certified = controlled_thresholds(draft, chosen, held)
+        draft = replace(draft, thresholds=thresholds)
+        notes += [
+            f"{name.replace('_', ' ')}: at most {bound.high:.3g} ({bound.value:.3g} on {bound.n}"
+            " calibration prompts)"
+            for name, bound in certified.items()
+        ]
+        clock.lap("risk")
+
     # Which thresholds and budgets are worth offering?
     artifact = draft.artifact(chosen)
     frontier: list[FrontierPoint] = []
@@ -389,7 +407,7 @@ def calibrate_subject(
     progress.stage("answer held-out prompts", None)
     tested = _test(draft, artifact, splits)
     clock.lap("test")
-    measurements = gate_measurements(thresholds, unseen, config.seed) | blind
+    measurements = gate_measurements(thresholds, unseen, config.seed) | blind | certified
     for group, pairs in tested.items():
         rates = compare(pairs, config.seed)
         measurements |= {f"{group}_{name}": value for name, value in rates.items()}
@@ -566,13 +584,15 @@ def _policies(
         Outcome(group, reading, judge(text) in (Verdict.REFUSED, Verdict.PARTIAL))
         for group, reading, text in zip(names, readings, base, strict=True)
     ]
+    least = artifact.thresholds.raise_above if risks(config) else -torch.inf
     strata = [
         held.scores[m] for s in ("ordinary", "hard") if bool((m := held.mask("benign", s)).any())
     ]
     raise_above = {}
     for alpha in sorted({*_ALPHAS, config.alpha}):
         with suppress(InputError):  # too few prompts for it
-            raise_above[alpha] = max(conformal_upper(stratum, alpha) for stratum in strata)
+            above = max(conformal_upper(stratum, alpha) for stratum in strata)
+            raise_above[alpha] = max(above, least)
     most = config.budget_nats or config.raise_budget_nats
     settings = grid(
         artifact.thresholds,

@@ -181,6 +181,19 @@ def calibrate(
             " they hold on average over calibrations.",
         ),
     ] = None,
+    benign_nats: Annotated[
+        float | None,
+        typer.Option(
+            help="Most nats that raising may spend on a benign prompt of either kind, expected."
+        ),
+    ] = None,
+    added_over_refusal: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Most benign prompts of either kind, expected, that raising makes it refuse.",
+        ),
+    ] = None,
     thorough: Annotated[
         bool,
         typer.Option(
@@ -274,6 +287,8 @@ def calibrate(
             alpha=alpha,
             delta=delta,
             confidence=confidence,
+            benign_nats=benign_nats,
+            added_over_refusal=added_over_refusal,
             target_over_refusal=target_over_refusal,
             budget_nats=budget_nats,
             policy_prompts=policy_prompts,

@@ -38,7 +38,7 @@ from calibration.report import write_report
 from calibration.transformers_subject import TransformersSubject, load_subject
 from cli.main import main
 from guard.artifact import CarrierArtifact, Interval, load_artifact, save_artifact
-from guard.errors import ArtifactError, NoAdmissibleCarrierError
+from guard.errors import ArtifactError, InputError, NoAdmissibleCarrierError
 from guard.gate import Zone
 from guard.policy import Policy
 from guard.steering import Carrier
@@ -345,6 +345,35 @@ def test_a_thorough_calibration_follows_safe_prompts_over_whole_openings(
             assert 0.0 <= mean.low <= mean.value <= mean.high
             assert mean.value <= p95.value
             assert mean.n == p95.n > 0
+
+
+def test_risk_control_raises_the_threshold_until_the_expected_loss_holds(
+    files: PromptFiles, tiny_refuser_dir: Path, tmp_path: Path
+) -> None:
+    target = 0.05
+    config = files.config(
+        tiny_refuser_dir, tmp_path / "guard.safetensors", alpha=0.3, added_over_refusal=target
+    )
+    artifact = calibrate(config).artifact
+    plain = calibrate(config.model_copy(update={"added_over_refusal": None})).artifact
+    assert artifact.thresholds.raise_above > plain.thresholds.raise_above
+    for stratum in ("ordinary", "hard"):
+        bound = artifact.manifest.gate.measurements[
+            f"{stratum}_benign_added_over_refusal_by_raising_expected"
+        ]
+        assert bound.value <= bound.high <= target
+        assert bound.n == artifact.manifest.gate.n_by_stratum[f"{stratum} benign"]
+    above = [preset.raise_above for preset in artifact.manifest.presets.values()]
+    assert min(above) >= artifact.thresholds.raise_above
+
+
+def test_a_risk_that_cannot_be_certified_is_refused_before_anything_is_measured(
+    files: PromptFiles, tiny_refuser_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "guard.safetensors"
+    with pytest.raises(InputError, match=r"nats of ordinary benign prompts: 0\.001 cannot be"):
+        calibrate(files.config(tiny_refuser_dir, out, benign_nats=0.001))
+    assert not out.exists()
 
 
 def test_held_out_prompts_that_are_answered_are_spread_over_the_files(done: Done) -> None:
