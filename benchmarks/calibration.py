@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guard", type=Path, help="keep the guard there")
     parser.add_argument("--report", type=Path, help="write the report there")
+    parser.add_argument("--thorough", action="store_true", help="as trimtab calibrate has it")
     parser.add_argument("--search", type=int, default=0, metavar="N", help="evaluations to time")
     today = f"{datetime.now(UTC):%Y-%m-%d}"
     parser.add_argument(
@@ -85,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             out=args.guard or Path(folder) / "guard.safetensors",
             report_dir=args.report,
         )
+        if args.thorough:
+            config = config.thorough()
         began = time.perf_counter()
         with RichProgress() as progress:
             result = calibrate(config, progress)
@@ -93,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {
         "full_calibration_seconds": round(seconds, 1),
         **result.summary(),
-        "n_prompts": len(shipped_prompts()),
+        "thorough": args.thorough,
+        "n_prompts_at_hand": len(shipped_prompts()),
+        "most_prompts_used": config.most_prompts or len(shipped_prompts()),
         "n_candidates": {sign: len(effects) for sign, effects in result.effects.items()},
         "hardware": hardware(args.device),
         "torch": torch.__version__,
