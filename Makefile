@@ -48,8 +48,10 @@ lint: setup
 type: setup
 	$(BIN)/mypy
 
+# One thread for each of two processes: threads that wait for each other spin.
 fast: setup
-	$(BIN)/python -m pytest -q -m "not model and not vllm and not prometheus"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile \
+		-m "not model and not vllm and not prometheus"
 
 # The property tests with a thousand fresh examples each; a counterexample belongs in its test.
 explore: setup
