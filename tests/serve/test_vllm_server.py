@@ -209,7 +209,7 @@ def test_a_stricter_policy_raises_further_and_lowers_nothing(server: str) -> Non
         }
         before = {key: metric(server, name, **labels) for key, (name, labels) in names.items()}
         n = metric(server, "trimtab_requests_total")
-        for text in texts(3):
+        for text in texts(6):
             client.chat.completions.create(
                 model="qwen",
                 messages=[{"role": "user", "content": text}],
@@ -217,7 +217,7 @@ def test_a_stricter_policy_raises_further_and_lowers_nothing(server: str) -> Non
                 max_tokens=12,
                 extra_body=extra,
             )
-        wait_for(server, int(n) + len(texts(3)))
+        wait_for(server, int(n) + len(texts(6)))
         after = {key: metric(server, name, **labels) for key, (name, labels) in names.items()}
         return {key: after[key] - before[key] for key in names}
 
@@ -225,7 +225,7 @@ def test_a_stricter_policy_raises_further_and_lowers_nothing(server: str) -> Non
     assert default["raised"] == strict["raised"] > 0
     assert default["lowered"] > strict["lowered"] == 0
     assert default["nats"] <= 0.25 * default["raised"] + 1e-4
-    assert strict["nats"] > default["nats"] + 0.05
+    assert strict["nats"] > 2 * default["nats"]
 
 
 @pytest.mark.parametrize(
