@@ -23,9 +23,9 @@ __all__ = [
     "gate_position",
     "gate_positions",
     "message_positions",
+    "prospect",
     "refusal_logit",
     "refusal_probability",
-    "undecided",
 ]
 
 
@@ -76,20 +76,20 @@ class Thresholds:
 
 def choose_zone(reading: GateReading, thresholds: Thresholds, allow_lower: bool = True) -> Zone:
     """Return the zone of a reading; what is uncertain, or already as it should be, passes."""
-    if reading.score > thresholds.raise_above:
-        about_to_comply = reading.refusal_prob < thresholds.raise_if_refusal_below
-        return Zone.RAISE if about_to_comply else Zone.PASS
-    tau = thresholds.lower_below
-    if allow_lower and tau is not None and reading.score < tau:
-        about_to_refuse = reading.refusal_prob > thresholds.lower_if_refusal_above
-        return Zone.LOWER if about_to_refuse else Zone.PASS
-    return Zone.PASS
+    zone = prospect(reading.score, thresholds, allow_lower)
+    if zone is Zone.RAISE:  # about to comply?
+        agrees = reading.refusal_prob < thresholds.raise_if_refusal_below
+    else:  # about to refuse?
+        agrees = reading.refusal_prob > thresholds.lower_if_refusal_above
+    return zone if agrees else Zone.PASS
 
 
-def undecided(score: float, thresholds: Thresholds, allow_lower: bool = True) -> bool:
-    """Return whether the zone of this score depends on the refusal probability, too."""
+def prospect(score: float, thresholds: Thresholds, allow_lower: bool = True) -> Zone:
+    """Return the zone of this score if the refusal probability agrees; else it passes."""
+    if score > thresholds.raise_above:
+        return Zone.RAISE
     tau = thresholds.lower_below if allow_lower else None
-    return not (score <= thresholds.raise_above and (tau is None or score >= tau))
+    return Zone.LOWER if tau is not None and score < tau else Zone.PASS
 
 
 def gate_position(prompt_ids: Sequence[int], suffix_ids: Sequence[int]) -> int:

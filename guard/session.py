@@ -17,7 +17,7 @@ from typing import Literal
 from guard.answer import AnswerStart
 from guard.artifact import CarrierArtifact
 from guard.errors import NotArmedError
-from guard.gate import GateReading, Zone, choose_zone
+from guard.gate import GateReading, Zone, choose_zone, prospect
 from guard.kl import Ledger
 from guard.policy import Policy
 from guard.refusal import Verdict, judge
@@ -143,9 +143,7 @@ class GuardSession:
     @property
     def carrier(self) -> Carrier | None:
         """The carrier of the request's zone, None in the pass zone."""
-        if self._zone is Zone.RAISE:
-            return self._artifact.raise_carrier
-        return self._artifact.lower_carrier if self._zone is Zone.LOWER else None
+        return self._carrier_of(self._zone)
 
     @property
     def awaits_start(self) -> bool:
@@ -177,14 +175,33 @@ class GuardSession:
 
     def open(self, reading: GateReading, position: int = 0) -> Zone:
         """Decide the zone before response token `position` and open the ledger."""
-        policy = self._policy
         self._reading, self._score, self._start = reading, reading.score, position
-        self._zone = choose_zone(
-            reading, self._artifact.thresholds, allow_lower=policy.lower == "certified"
-        )
-        budgets = {Zone.RAISE: policy.raise_budget_nats, Zone.LOWER: policy.lower_budget_nats}
-        self._ledger = Ledger(budgets.get(self._zone, 0.0), policy.token_cap_nats)
+        self._zone = choose_zone(reading, self._artifact.thresholds, self._allows_lower)
+        self._ledger = self._ledger_of(self._zone)
         return self._zone
+
+    def outlook(self, score: float) -> tuple[Zone, Carrier | None, float]:
+        """What `open` would lead to if the refusal probability agreed with a score.
+
+        Returns:
+            The zone, its carrier, and what its first token could spend, nats.
+        """
+        zone = prospect(score, self._artifact.thresholds, self._allows_lower)
+        return zone, self._carrier_of(zone), self._ledger_of(zone).allowance_nats
+
+    @property
+    def _allows_lower(self) -> bool:
+        return self._policy.lower == "certified"
+
+    def _carrier_of(self, zone: Zone | None) -> Carrier | None:
+        if zone is Zone.RAISE:
+            return self._artifact.raise_carrier
+        return self._artifact.lower_carrier if zone is Zone.LOWER else None
+
+    def _ledger_of(self, zone: Zone) -> Ledger:
+        policy = self._policy
+        budgets = {Zone.RAISE: policy.raise_budget_nats, Zone.LOWER: policy.lower_budget_nats}
+        return Ledger(budgets.get(zone, 0.0), policy.token_cap_nats)
 
     def wants_shadow(self, position: int) -> bool:
         """True if response token `position` is to be steered and the ledger can still pay."""

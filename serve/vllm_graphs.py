@@ -118,6 +118,8 @@ class SteeringGraphs:
         index = numbers[0].long()
         base, moved = self._buffers(logits)
         self._limits[:, :size].copy_(numbers[1:])
+        if work.only_if is not None:
+            self._limits[0, :n] *= work.only_if
         torch.index_select(hidden, 0, ends[index], out=self._hidden[:size])
         torch.index_select(logits, 0, index, out=base[:size])
         torch.index_select(seq_lens, 0, index, out=self._seq_lens[:size])

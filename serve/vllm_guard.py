@@ -14,7 +14,10 @@ never written holds NaN: an error.
 **Why the host does not wait.** A GPU runs behind the host that feeds it, and waiting for it drains
 the queue. So outcomes of a step are read in the next one, after its forward pass was issued: the
 ledger is exact when it is asked again, and the device stays busy. The gate's score is read while
-the layers behind it still run. Only a score that leaves the zone open waits for the logits.
+the layers behind it still run. Where a score leaves the zone open, it hangs on the base model's
+refusal probability, which only the logits tell: then either the host waits for them, or, where
+others would wait with it, the row is steered at once with a budget that the device sets to nothing
+if the probability disagrees, which leaves the base row.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +41,6 @@ from guard.gate import (
     GateReading,
     Zone,
     refusal_probability,
-    undecided,
 )
 from guard.kl import Moved
 from guard.policy import Policy
@@ -68,6 +69,9 @@ MAX_STEERED = 256
 
 _MAX_KEPT = 65536  # records that nobody asked for; the oldest go first
 _CHUNK = 2048  # tokens scored at once, so that the float32 copy stays small
+_MOST_TENTATIVE = 32  # rows: beyond, the pass costs more than the wait
+_OTHERS_WAIT = 32  # rows of a step from which on a wait costs more than a pass
+_KERNELS_AGREE = 1e-3  # float32 sums in another order
 _IMPOSSIBLE = -1e9  # finite: a grammar that forbids the end token leaves a uniform row, not NaN
 
 
@@ -120,8 +124,8 @@ class Runner(Protocol):
     def slots_written(self) -> Tensor:
         """(n_tokens,) int64: the KV slot of every token of this step."""
 
-    def slots_of(self, rows: Sequence[int], places: Sequence[int]) -> Tensor:
-        """(len(rows),) int64: the KV slot of each row's token at its place, from 0."""
+    def block_table(self) -> tuple[Tensor, int]:
+        """(n_rows, n_blocks) int32, on the device: the step's KV blocks; and tokens a block."""
 
     def hidden(self, layer: int) -> Tensor:
         """(n_tokens, d_model): the residual stream before `layer`, of every token of this step."""
@@ -152,6 +156,21 @@ class Runner(Protocol):
         """The first tensor-parallel rank's readings, on every rank."""
 
 
+@dataclass(frozen=True)
+class Tentative:
+    """A request that is steered before its zone is known.
+
+    Attributes:
+        carrier: of the zone that its score leads to.
+        allowance_nats: what its first token may spend there.
+        fresh: its place among the step's new requests.
+    """
+
+    carrier: Carrier
+    allowance_nats: float
+    fresh: int
+
+
 class Later:
     """Numbers on their way from the device to the host; only `read` waits for them."""
 
@@ -163,11 +182,6 @@ class Later:
             self._host.copy_(values, non_blocking=True)
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
-
-    @property
-    def here(self) -> bool:
-        """True if reading waits for nothing, whatever the device is doing."""
-        return self._done is None
 
     def read(self) -> Any:
         """Nested lists of the values."""
@@ -192,6 +206,7 @@ class Steering:
         budgets_nats: what each may spend.
         temperatures: at which KL is measured, > 0.
         spare: (vocab,) logits for rows that cannot be computed; None: their base row.
+        only_if: (len(rows),) bool on the device: a row without it has no budget; None: all have it.
     """
 
     carrier: Carrier
@@ -199,6 +214,7 @@ class Steering:
     budgets_nats: Sequence[float]
     temperatures: Sequence[float]
     spare: Tensor | None
+    only_if: Tensor | None = None
 
 
 class SlotReads:
@@ -233,6 +249,11 @@ class SlotReads:
     def read(self, slots: Tensor) -> Tensor:
         """Return what is kept there, (…, width); NaN where nothing was ever written."""
         return self._kept[slots]
+
+    @property
+    def kept(self) -> Tensor:
+        """(n_slots, width) float32 of all slots."""
+        return self._kept
 
     def clear(self) -> None:
         """Forget everything."""
@@ -281,6 +302,9 @@ class StepGuard:
         awake: False while vLLM warms up with requests of its own; nothing is served then.
         rehearsing: True while the canary runs, which warms up what steering needs.
         spared: says which requests are not guarded: those of a calibration.
+        most_tentative: rows of a step that may be steered before their zone is known.
+        others_wait: rows of a step from which on they are.
+        late: read everything a step later, as from a GPU, also where it is at hand.
     """
 
     def __init__(self, artifact: CarrierArtifact, policy: Policy, device: torch.device) -> None:
@@ -294,11 +318,22 @@ class StepGuard:
         self.awake = False
         self.rehearsing = False
         self.spared: Callable[[str], bool] = lambda _: False
+        self.most_tentative, self.others_wait = _MOST_TENTATIVE, _OTHERS_WAIT
+        self.late = device.type == "cuda"
         self._device = device
+        self._kernels: Any = None
+        if device.type == "cuda" and has_triton():
+            from serve import vllm_kernels
+
+            self._kernels = vllm_kernels
         self._ended: OrderedDict[str, GuardedRequest] = OrderedDict()
         self._active: dict[str, GuardedRequest] = {}  # that are steered, or failed
         self._fresh: list[SamplingRow] = []  # that sample their first token in this step
         self._fresh_scores: Later | None = None
+        self._fresh_asked: Tensor | None = None  # (n, 4) on the device: rows and places
+        self._fresh_read: Tensor | None = None  # (n,) on the device: scores
+        self._tentative: dict[str, Tentative] = {}  # of this step
+        self._agrees: Tensor | None = None  # (n + 1,) bool on the device, the last one True
         self._awaited: list[tuple[Later, list[GuardedRequest], Callable[[Any], None]]] = []
         self._reads: list[SlotReads] = []  # of the template, of the message
         self._spare: Tensor | None = None
@@ -386,7 +421,8 @@ class StepGuard:
             for reads, (layer, weight) in zip(self._reads, self._projections(), strict=True):
                 reads.write(slots, runner.hidden(layer), weight)
             if self._fresh:
-                self._fresh_scores = Later(self._read_gates(runner, self._fresh))
+                self._fresh_read = self._read_gates(runner, self._fresh)
+                self._fresh_scores = Later(self._fresh_read)
         return bool(self._fresh or self._active or self.on_base)
 
     @torch.inference_mode()
@@ -403,9 +439,10 @@ class StepGuard:
         if self.on_base is not None:
             self.on_base(runner, logits)
         self._open(runner, logits)
-        if self._active:
-            rows = runner.sampling_rows(self._active)
+        if self._active or self._tentative:
+            rows = runner.sampling_rows(self._active.keys() | self._tentative.keys())
             logits = self._silence(runner, rows, self._guarded(runner, rows, logits))
+            self._tentative.clear()
         # Sampler kernels are compiled per type: before anyone is served, and steered, for float32.
         return logits.to(torch.float32) if self.rehearsing else logits
 
@@ -428,7 +465,7 @@ class StepGuard:
     def _await(
         self, later: Later, states: list[GuardedRequest], book: Callable[[Any], None]
     ) -> None:
-        if later.here:
+        if not self.late:
             book(later.read())
             return
         for state in states:
@@ -446,12 +483,37 @@ class StepGuard:
     def _read_gates(self, runner: Runner, rows: Sequence[SamplingRow]) -> Tensor:
         """(len(rows),) scores on the device."""
         found = [gate_places(self.artifact, runner.prompt_ids(row.request_id)) for row in rows]
+        if self._kernels is None:
+            return self._scores(runner, rows, found)
+        gate = self.artifact.manifest.gate
+        asked = [
+            [row.row, template[0], message[0] if message else 0, len(message)]
+            for row, (template, message) in zip(rows, found, strict=True)
+        ]
+        self._fresh_asked = on_device(asked, torch.int32, self._device)
+        scores: Tensor = self._kernels.gate_scores(
+            self.artifact.probe, self._fresh_asked, *runner.block_table(), self._reads[0].kept,
+            self._reads[1].kept if len(self._reads) > 1 else None,
+            gate.n_pooled, gate.message.width if gate.message else 0,
+        )  # fmt: skip
+        if self.rehearsing:
+            _check_kernels("gate score", scores, self._scores(runner, rows, found))
+        return scores
+
+    def _scores(
+        self,
+        runner: Runner,
+        rows: Sequence[SamplingRow],
+        found: Sequence[tuple[list[int], list[int]]],
+    ) -> Tensor:
+        """(len(rows),) scores, of the places that `gate_places` found."""
         first, second = [places for places, _ in found], [places for _, places in found]
+        table, size = runner.block_table()
 
         def kept(reads: SlotReads, places: Sequence[Sequence[int]]) -> Tensor:
-            width = len(places[0])
-            slots = runner.slots_of([r.row for r in rows for _ in range(width)], [*chain(*places)])
-            return reads.read(slots.reshape(len(rows), width))
+            owners = [[row.row] * len(p) for row, p in zip(rows, places, strict=True)]
+            at, where = on_device([owners, places], torch.int64, table.device)
+            return reads.read(table[at, where // size].long() * size + where % size)
 
         template = kept(self._reads[0], first).mean(1)
         message, read = None, self.artifact.manifest.gate.message
@@ -462,8 +524,20 @@ class StepGuard:
             message = pool_message(kept(self._reads[1], places), there, read.n_heads)
         return probe_scores(self.artifact.probe, template, message)
 
+    def _refusal_probs(self, rows: Sequence[SamplingRow], logits: Tensor) -> Tensor:
+        """(len(rows),) float32 on the device."""
+        ids, weights = self.artifact.refusal_token_ids, self.artifact.refusal_token_weights
+        index = [row.row for row in rows]
+        if self._kernels is None or self._fresh_asked is None:
+            return refusal_probability(logits[index], ids, weights)
+        probs: Tensor = self._kernels.refusal_probs(logits, self._fresh_asked, ids, weights)
+        if self.rehearsing:
+            wanted = refusal_probability(logits[index], ids, weights)
+            _check_kernels("refusal probability", probs, wanted)
+        return probs
+
     def _open(self, runner: Runner, logits: Tensor) -> None:
-        """Decide the zones of requests that sample their first token.
+        """Decide the zones of requests that sample their first token, or put it off.
 
         The score is here long before the logits. Where it decides the zone alone, the refusal
         probability is only recorded, and nobody waits for the end of the forward pass.
@@ -473,34 +547,67 @@ class StepGuard:
         if not rows or later is None:
             return
         began = time.perf_counter()
-        artifact = self.artifact
-        index = on_device([row.row for row in rows], torch.int64, logits.device)
-        probs = refusal_probability(
-            logits[index], artifact.refusal_token_ids, artifact.refusal_token_weights
-        )
+        probs = self._refusal_probs(rows, logits)
         scores: list[float] = later.read()
-        states, waits = [], runner.n_ranks > 1
-        for row, score in zip(rows, scores, strict=True):
+        states, open_rows, waits = [], [], runner.n_ranks > 1
+        for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
             policy = self._policy_of(row) or self.policy
-            session = GuardSession(artifact, policy, lockstep=runner.n_ranks > 1)
+            session = GuardSession(self.artifact, policy, lockstep=runner.n_ranks > 1)
             states.append(GuardedRequest(session, row.n_prompt))
             self.requests[row.request_id] = states[-1]
-            allow_lower = policy.lower == "certified"
-            waits |= row.position != 0 or self._policy_of(row) is None
-            waits |= undecided(score, artifact.thresholds, allow_lower)
+            waits |= row.position != 0 or self._policy_of(row) is None or not math.isfinite(score)
+            if session.outlook(score)[0] is not Zone.PASS:
+                open_rows.append(i)
+        crowded = len(runner.request_ids) >= self.others_wait
+        if not (crowded and len(open_rows) <= self.most_tentative):
+            waits |= bool(open_rows)
 
         def open_sessions(refusal_probs: list[float]) -> None:
             readings = runner.agree(list(zip(scores, refusal_probs, strict=True)))
             for row, state, reading in zip(rows, states, readings, strict=True):
                 self._open_one(row, state, *reading)
 
-        if waits:
-            open_sessions(probs.tolist())
+        arriving = Later(probs)
+        if waits or not self.late:
+            open_sessions(arriving.read())
         else:
-            self._await(Later(probs), states, open_sessions)
+            self._await(arriving, states, open_sessions)
+            self._steer_tentatively(rows, states, scores, open_rows, probs)
         seconds = time.perf_counter() - began
         for state in states:
             state.gate_seconds = seconds
+
+    def _steer_tentatively(
+        self,
+        rows: Sequence[SamplingRow],
+        states: Sequence[GuardedRequest],
+        scores: Sequence[float],
+        open_rows: Sequence[int],
+        probs: Tensor,
+    ) -> None:
+        """Let the device decide which of these rows have a budget for their first token."""
+        for i in open_rows:
+            _, carrier, allowance = states[i].session.outlook(scores[i])
+            if carrier is not None and allowance > 0.0:
+                self._tentative[rows[i].request_id] = Tentative(carrier, allowance, i)
+        if not self._tentative or self._fresh_read is None:
+            return
+        limits = self.artifact.thresholds
+        score, prob = self._fresh_read.double(), probs.double()  # as the host compares them
+        agrees = torch.where(
+            score > limits.raise_above,
+            prob < limits.raise_if_refusal_below,
+            prob > limits.lower_if_refusal_above,
+        )
+        self._agrees = torch.cat([agrees, agrees.new_ones(1)])
+
+    def _agreement(self, due: Sequence[SamplingRow]) -> Tensor | None:
+        """(n,) bool: whether each row has its budget; None: all have."""
+        unsure = [self._tentative.get(row.request_id) for row in due]
+        if self._agrees is None or not any(unsure):
+            return None
+        index = [-1 if one is None else one.fresh for one in unsure]
+        return self._agrees[on_device(index, torch.int64, self._device)]
 
     def _open_one(
         self, row: SamplingRow, state: GuardedRequest, score: float, refusal_prob: float
@@ -513,8 +620,10 @@ class StepGuard:
         elif not (math.isfinite(score) and math.isfinite(refusal_prob)):
             # every comparison with NaN is false, so it would pass as harmless
             self._fail(name, state, f"its gate reads {score} and {refusal_prob}")
-        elif state.session.open(GateReading(score, refusal_prob)) is not Zone.PASS:
-            self._active[name] = state
+        else:
+            zone = state.session.open(GateReading(score, refusal_prob))
+            if zone is not Zone.PASS and self.requests.get(name) is state:  # it may be over since
+                self._active[name] = state
 
     def _policy_of(self, row: SamplingRow) -> Policy | None:
         """What governs a request; None: it asks for a policy that is not published."""
@@ -533,14 +642,17 @@ class StepGuard:
     def _guarded(self, runner: Runner, rows: Sequence[SamplingRow], logits: Tensor) -> Tensor:
         groups: dict[tuple[int, bool], list[SamplingRow]] = {}
         for row in rows:
-            state = self.requests[row.request_id]
+            name, state = row.request_id, self.requests[row.request_id]
             if state.failed:
                 continue
-            if state.unguarded or not state.session.wants_shadow(row.position):
-                del self._active[row.request_id]  # its last outcome is booked: see `begin`
+            tentative = self._tentative.get(name)
+            if tentative is None and (
+                state.unguarded or not state.session.wants_shadow(row.position)
+            ):
+                del self._active[name]  # its last outcome is booked: see `begin`
                 continue
-            alike = (id(state.session.carrier), state.session.fails_closed)
-            groups.setdefault(alike, []).append(row)
+            carrier = tentative.carrier if tentative else state.session.carrier
+            groups.setdefault((id(carrier), state.session.fails_closed), []).append(row)
         mixed = logits
         for due in groups.values():
             for start in range(0, len(due), MAX_STEERED):
@@ -552,15 +664,21 @@ class StepGuard:
     ) -> Tensor:
         """Steer rows that share a carrier and a way to fail; what is spent is booked later."""
         states = [self.requests[row.request_id] for row in due]
-        carrier = states[0].session.carrier
+        unsure = [self._tentative.get(row.request_id) for row in due]
+        first = unsure[0]
+        carrier = states[0].session.carrier if first is None else first.carrier
         if carrier is None:
             return mixed
         work = Steering(
             carrier,
             [row.row for row in due],
-            [state.session.ledger.allowance_nats for state in states],
+            [
+                state.session.ledger.allowance_nats if one is None else one.allowance_nats
+                for one, state in zip(unsure, states, strict=True)
+            ],
             [row.temperature or 1.0 for row in due],
             self._spare_row(runner, base) if states[0].session.fails_closed else None,
+            self._agreement(due),
         )
         index, moved = runner.steer(work, base)
         if self.policy.mode == "enforce":
@@ -583,7 +701,7 @@ class StepGuard:
                 if faulty:
                     why = f"the shadow pass from layer {carrier.layer} gave NaN or infinite logits"
                     self._fail(row.request_id, state, why)
-                else:
+                elif nats > 0.0 or state.session.zone is not Zone.PASS:
                     state.session.charge(nats, bool(flipped))
 
         self._await(Later(moved.outcome), states, book)
@@ -604,6 +722,20 @@ class StepGuard:
         logits = logits.to(torch.float32, copy=True)
         logits[failed] = self._spare_row(runner, logits)
         return logits
+
+
+def _check_kernels(what: str, found: Tensor, wanted: Tensor) -> None:
+    """Refuse to serve with kernels that do not compute what they should.
+
+    Raises:
+        NotArmedError: says how far they are off.
+    """
+    gap = float(((found - wanted).abs() / wanted.abs().clamp(min=1.0)).max())
+    if not gap <= _KERNELS_AGREE:
+        raise NotArmedError(
+            f"the GPU kernel of the {what} is off by {gap:.2g} from the same in PyTorch;"
+            " this device, driver or Triton is not supported"
+        )
 
 
 def has_triton() -> bool:

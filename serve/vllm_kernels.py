@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from guard.kl import Moved
+from guard.probe import Probe
 
-__all__ = ["mix_rows", "project_tokens"]
+__all__ = ["gate_scores", "mix_rows", "project_tokens", "refusal_probs"]
 
 _CHUNK = 4096
 _SEARCHES = 12
@@ -302,29 +303,217 @@ def mix_rows(
     return moved
 
 
-@triton.jit
-def _project_kernel(hidden, row_stride, weight, slots, kept, d_model, width, BLOCK: tl.constexpr):
-    row, unit = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = tl.arange(0, BLOCK)
-    inside = at < d_model
-    values = tl.load(hidden + row * row_stride + at, mask=inside, other=0.0).to(tl.float32)
-    value = tl.sum(values * tl.load(weight + unit * d_model + at, mask=inside, other=0.0), 0)
-    slot = tl.load(slots + row)
-    tl.store(kept + slot * width + unit, value, mask=slot >= 0)
+@triton.jit(do_not_specialize=["n"])  # or the first step of 16 or 32 tokens would be compiled for
+def _project_kernel(
+    hidden, row_stride, weight, slots, kept, n, d_model, width,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+    total = tl.zeros((ROWS, UNITS, BLOCK), dtype=tl.float32)
+    for start in range(0, d_model, BLOCK):  # one reduction, at the end
+        at = start + tl.arange(0, BLOCK)
+        values = tl.load(
+            hidden + row.to(tl.int64)[:, None] * row_stride + at[None, :],
+            mask=(row < n)[:, None] & (at < d_model)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        weights = tl.load(
+            weight + unit[:, None] * d_model + at[None, :],
+            mask=(unit < width)[:, None] & (at < d_model)[None, :],
+            other=0.0,
+        )
+        total += values[:, None, :] * weights[None, :, :]
+    slot = tl.load(slots + row, mask=row < n, other=-1)
+    tl.store(
+        kept + slot[:, None] * width + unit[None, :],
+        tl.sum(total, 2),
+        mask=(slot >= 0)[:, None] & (unit < width)[None, :],
+    )
 
 
 def project_tokens(hidden: Tensor, weight: Tensor, slots: Tensor, kept: Tensor) -> None:
     """Write every token's projections, hidden · weightᵀ, to its slot: one launch.
 
+    A token's sums do not depend on what else is in the step, to the last bit.
+
     Args:
-        hidden: (n_tokens, d_model).
+        hidden: (n_tokens, d_model), contiguous along d_model.
         weight: (width, d_model) float32, contiguous.
         slots: (n_tokens,) int64; negative ones are left out.
         kept: (n_slots, width) float32, written.
     """
     n, d_model = hidden.shape
     width = len(weight)
-    block = triton.next_power_of_2(d_model)
-    _project_kernel[(n, width)](
-        hidden, hidden.stride(0), weight, slots, kept, d_model, width, BLOCK=block, num_warps=4
+    _project_kernel[(triton.cdiv(n, 2), triton.cdiv(width, 4))](
+        hidden, hidden.stride(0), weight, slots, kept, n, d_model, width,
+        ROWS=2, UNITS=4, BLOCK=512, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gate_kernel(
+    asked, table, table_stride, block_size, template, message, hidden, n_features, out, scores,
+    n_pooled, N_TEMPLATE: tl.constexpr, TEMPLATE: tl.constexpr, N_POOLED: tl.constexpr,
+    N_HEADS: tl.constexpr, N_VALUES: tl.constexpr, VALUES: tl.constexpr, WINDOW: tl.constexpr,
+    N_HIDDEN: tl.constexpr, HIDDEN: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
+    prompt = tl.program_id(0)
+    asked += prompt * 4
+    row = tl.load(asked).to(tl.int64)
+    last, first, length = tl.load(asked + 1), tl.load(asked + 2), tl.load(asked + 3)
+    blocks = table + row * table_stride
+    unit = tl.arange(0, HIDDEN)
+    weights = hidden + unit * (n_features + 1)  # a row of H each
+    total = tl.load(weights + n_features, mask=unit < N_HIDDEN, other=0.0)
+    if N_HEADS > 0:
+        i = tl.arange(0, WINDOW)
+        there = i < length
+        place = first + i
+        block = tl.load(blocks + place // block_size, mask=there, other=0).to(tl.int64)
+        kept = message + (block * block_size + place % block_size) * (N_HEADS + N_VALUES)
+        v = tl.arange(0, VALUES)
+        value = tl.load(
+            kept[:, None] + N_HEADS + v[None, :],
+            mask=there[:, None] & (v < N_VALUES)[None, :],
+            other=0.0,
+        )
+        for head in tl.static_range(N_HEADS):
+            query = tl.load(kept + head, mask=there, other=float("-inf"))
+            share = tl.where(there, tl.exp(query - tl.max(query, 0)), 0.0)
+            pooled = tl.sum(value * (share / tl.sum(share, 0))[:, None], 0)  # (VALUES,)
+            at = head * N_VALUES + v
+            part = tl.load(
+                weights[:, None] + at[None, :],
+                mask=(unit < N_HIDDEN)[:, None] & (v < N_VALUES)[None, :],
+                other=0.0,
+            )
+            total += tl.sum(part * pooled[None, :], 1)
+    back = tl.arange(0, N_POOLED)
+    place = tl.maximum(last - back, 0)
+    block = tl.load(blocks + place // block_size, mask=back < n_pooled, other=0).to(tl.int64)
+    kept = template + (block * block_size + place % block_size) * N_TEMPLATE
+    v = tl.arange(0, TEMPLATE)
+    inside = (v < N_TEMPLATE)[None, :]
+    found = tl.load(kept[:, None] + v[None, :], mask=(back < n_pooled)[:, None] & inside, other=0.0)
+    mean = tl.sum(found, 0) / n_pooled
+    part = tl.load(
+        weights[:, None] + (N_HEADS * N_VALUES + v)[None, :],
+        mask=(unit < N_HIDDEN)[:, None] & inside,
+        other=0.0,
     )
+    total += tl.sum(part * mean[None, :], 1)
+    if GELU:
+        total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
+        total *= tl.load(out + unit, mask=unit < N_HIDDEN, other=0.0)
+        score = tl.sum(total, 0) + tl.load(out + N_HIDDEN)
+    else:
+        score = tl.sum(total, 0)
+    tl.store(scores + prompt, score)
+
+
+def gate_scores(
+    probe: Probe,
+    asked: Tensor,
+    table: Tensor,
+    block_size: int,
+    template: Tensor,
+    message: Tensor | None,
+    n_pooled: int,
+    window: int,
+) -> Tensor:
+    """`probe_scores` of prompts whose tokens' projections are kept by KV slot: one launch.
+
+    Args:
+        probe: the weights, contiguous.
+        asked: (n, 4) int32: row of the step, place of the last template token that is read, place
+            of the message's first token, and how many of it there are, at most `window`.
+        table: (n_rows, n_blocks) int32: KV blocks of the step's rows.
+        block_size: tokens a block.
+        template: (n_slots, n_template) float32.
+        message: (n_slots, n_heads + n_values) float32, if the probe reads the message.
+        n_pooled: template tokens that are averaged; before the first comes the first again.
+        window: most tokens of a message.
+
+    Returns:
+        (n,) float32.
+    """
+    scores = torch.empty(len(asked), dtype=torch.float32, device=asked.device)
+    n_template = len(probe.template)
+    n_values = 0 if probe.message is None else len(probe.message) - probe.n_heads
+    # A linear probe is one row of H without what follows it.
+    weights = probe.out.unsqueeze(0) if probe.hidden is None else probe.hidden
+    power = triton.next_power_of_2
+    _gate_kernel[(len(asked),)](
+        asked, table, table.stride(0), block_size, template,
+        template if message is None else message, weights, probe.n_features, probe.out, scores,
+        n_pooled, N_TEMPLATE=n_template, TEMPLATE=power(n_template), N_POOLED=power(n_pooled),
+        N_HEADS=probe.n_heads, N_VALUES=n_values, VALUES=power(max(n_values, 1)),
+        WINDOW=power(max(window, 1)), N_HIDDEN=len(weights), HIDDEN=power(len(weights)),
+        GELU=probe.hidden is not None, num_warps=4,
+    )  # fmt: skip
+    return scores
+
+
+@triton.jit
+def _weigh_kernel(logits, row_stride, asked, asked_stride, sums, vocab, n_chunks,
+                  CHUNK: tl.constexpr):  # fmt: skip
+    prompt, chunk = tl.program_id(0), tl.program_id(1)
+    row = tl.load(asked + prompt * asked_stride).to(tl.int64)
+    at = chunk * CHUNK + tl.arange(0, CHUNK)
+    values = tl.load(logits + row * row_stride + at, mask=at < vocab, other=float("-inf"))
+    values = values.to(tl.float32)
+    top = tl.max(values, 0)
+    # a piece without a possible token weighs nothing; a NaN or +inf reaches the sum
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    out = sums + (prompt * n_chunks + chunk) * 2
+    tl.store(out, top)
+    tl.store(out + 1, tl.sum(tl.exp(values - shift), 0))
+
+
+@triton.jit
+def _refusal_kernel(
+    logits, row_stride, asked, asked_stride, sums, ids, weights, n_ids, probs, n_chunks,
+    CHUNKS: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
+    prompt = tl.program_id(0)
+    row = tl.load(asked + prompt * asked_stride).to(tl.int64)
+    i = tl.arange(0, CHUNKS)
+    there = i < n_chunks
+    part = sums + (prompt * n_chunks + i) * 2
+    tops = tl.load(part, mask=there, other=float("-inf"))
+    top = tl.max(tops, 0)
+    weight = tl.where(tops == float("-inf"), 0.0, tl.exp(tops - top))
+    total = tl.sum(tl.load(part + 1, mask=there, other=0.0) * weight, 0)
+    j = tl.arange(0, IDS)
+    chosen = tl.load(ids + j, mask=j < n_ids, other=0)
+    value = tl.load(logits + row * row_stride + chosen, mask=j < n_ids, other=0.0).to(tl.float32)
+    share = tl.load(weights + j, mask=j < n_ids, other=0.0)
+    found = tl.sum(tl.where(j < n_ids, tl.exp(value - top) * share, 0.0), 0) / total
+    # a comparison, not a minimum, which could lose a NaN
+    tl.store(probs + prompt, tl.where(found > 1.0, 1.0, found))
+
+
+def refusal_probs(logits: Tensor, asked: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """`guard.gate.refusal_probability` of some rows: two launches, and no copy of a row.
+
+    Args:
+        logits: (n_rows, vocab), any float type, contiguous along the vocabulary.
+        asked: (n, …) int32 whose first column is the rows.
+        ids: (n_ids,) int64 first tokens of refusals.
+        weights: (n_ids,) float32.
+
+    Returns:
+        (n,) float32; NaN where a row holds one, or +inf.
+    """
+    n, vocab = len(asked), logits.shape[1]
+    n_chunks = triton.cdiv(vocab, _CHUNK)
+    sums = torch.empty(n, n_chunks, 2, dtype=torch.float32, device=logits.device)
+    probs = torch.empty(n, dtype=torch.float32, device=logits.device)
+    rows = (logits, logits.stride(0), asked, asked.stride(0))
+    _weigh_kernel[(n, n_chunks)](*rows, sums, vocab, n_chunks, CHUNK=_CHUNK, num_warps=4)
+    _refusal_kernel[(n,)](
+        *rows, sums, ids, weights, len(ids), probs, n_chunks,
+        CHUNKS=triton.next_power_of_2(n_chunks), IDS=triton.next_power_of_2(len(ids)), num_warps=1,
+    )  # fmt: skip
+    return probs

@@ -192,8 +192,8 @@ class ModelRunner:
         """(len(rows), d_model): the normed states that these logits are computed from."""
         raise NotImplementedError
 
-    def _tables(self, rows: Tensor) -> Tensor:
-        """(len(rows), n_blocks) int32: the KV blocks of rows, (n,) int64 on the device."""
+    def block_table(self) -> tuple[Tensor, int]:
+        """(n_rows, n_blocks) int32, on the device: the step's KV blocks; and tokens a block."""
         raise NotImplementedError
 
     def rerun(
@@ -218,7 +218,7 @@ class ModelRunner:
         """
         index = on_device(list(rows), torch.int64, hidden.device)
         lengths = torch.tensor(seen, dtype=torch.int32)
-        tables = self._tables(index).contiguous()
+        tables = self.block_table()[0][index].contiguous()
         return self._run(layer, hidden, lengths.to(hidden.device), lengths, tables, note=note)
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
@@ -237,6 +237,8 @@ class ModelRunner:
         device, rows = logits.device, list(work.rows)
         index = on_device(rows, torch.int64, device)
         limits = on_device([work.budgets_nats, work.temperatures], torch.float64, device)
+        if work.only_if is not None:
+            limits[0] *= work.only_if
         null = self.last_hidden(work.carrier.layer)[index]
         steered = work.carrier.apply(null.float()).to(null.dtype)
         apart = self._apart(rows + rows, work.carrier.layer, torch.cat([null, steered]))
@@ -369,15 +371,11 @@ class _V1(ModelRunner):
         slots: Tensor = table.slot_mapping.gpu[: self._n_tokens]
         return slots
 
-    def slots_of(self, rows: Sequence[int], places: Sequence[int]) -> Tensor:
-        """(len(rows),) int64: the KV slot of each row's token at its place, from 0."""
-        table = self._runner.input_batch.block_table[0]
-        size = int(table.block_size)
-        slots = [
-            int(table.block_table.np[row, place // size]) * size + place % size
-            for row, place in zip(rows, places, strict=True)
-        ]
-        return on_device(slots, torch.int64, torch.device(self._runner.device))
+    def block_table(self) -> tuple[Tensor, int]:
+        """(n_rows, n_blocks) int32: the step's KV blocks; and tokens a block."""
+        batch = self._runner.input_batch
+        table = batch.block_table[0]
+        return table.get_device_tensor(batch.num_reqs), int(table.block_size)
 
     def hidden(self, layer: int) -> Tensor:
         """(n_tokens, d_model): the residual stream before `layer`, of every token of this step."""
@@ -405,15 +403,9 @@ class _V1(ModelRunner):
         """(len(rows), d_model): normed last states of the rows' last tokens, entered at `layer`."""
         runner = self._runner
         index = on_device(list(rows), torch.int64, hidden.device)
-        table = runner.input_batch.block_table[0].get_device_tensor(runner.input_batch.num_reqs)
+        table = self.block_table()[0][index].contiguous()
         seen = runner.optimistic_seq_lens_cpu[list(rows)]
-        return self._run(layer, hidden, runner.seq_lens[index], seen, table[index].contiguous())
-
-    def _tables(self, rows: Tensor) -> Tensor:
-        """(len(rows), n_blocks) int32: the KV blocks of rows."""
-        batch = self._runner.input_batch
-        tables: Tensor = batch.block_table[0].get_device_tensor(batch.num_reqs)[rows]
-        return tables
+        return self._run(layer, hidden, runner.seq_lens[index], seen, table)
 
     def _again_with_adapters(self, rows: Sequence[int], layer: int, hidden: Tensor) -> Tensor:
         """Likewise, each row with its own LoRA adapter.
@@ -578,13 +570,9 @@ class _V2(ModelRunner):
         slots: Tensor = self.slots[0][: self.batch.num_tokens]
         return slots.long()
 
-    def slots_of(self, rows: Sequence[int], places: Sequence[int]) -> Tensor:
-        """(len(rows),) int64: the KV slot of each row's token at its place, from 0."""
-        size = int(self._runner.block_tables.kernel_block_sizes[0])
-        table: Tensor = self.tables[0]
-        at, where = on_device([list(rows), list(places)], torch.int64, table.device)
-        slots: Tensor = table[at, where // size].long() * size + where % size
-        return slots
+    def block_table(self) -> tuple[Tensor, int]:
+        """(n_rows, n_blocks) int32: the step's KV blocks; and tokens a block."""
+        return self.tables[0], int(self._runner.block_tables.kernel_block_sizes[0])
 
     def hidden(self, layer: int) -> Tensor:
         """(n_tokens, d_model): the residual stream before `layer`, of every token of this step."""
@@ -601,11 +589,6 @@ class _V2(ModelRunner):
         seen = self.batch.seq_lens_cpu_upper_bound[list(rows)]
         table = self.tables[0][index].contiguous()
         return self._run(layer, hidden, self.batch.seq_lens[index], seen, table)
-
-    def _tables(self, rows: Tensor) -> Tensor:
-        """(len(rows), n_blocks) int32: the KV blocks of rows."""
-        tables: Tensor = self.tables[0][rows]
-        return tables
 
 
 def attach(runner: Any, guard: StepWork) -> ModelRunner:

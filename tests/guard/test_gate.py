@@ -17,9 +17,9 @@ from guard.gate import (
     choose_zone,
     conformal_lower,
     conformal_upper,
+    prospect,
     refusal_logit,
     refusal_probability,
-    undecided,
 )
 
 THRESHOLDS = Thresholds(raise_above=2.0, lower_below=-2.0)
@@ -90,10 +90,11 @@ def test_a_score_that_decides_by_itself_passes_whatever_the_refusal_probability(
     score: float, refusal_prob: float, raise_above: float, below: float | None, allow_lower: bool
 ) -> None:
     thresholds = Thresholds(raise_above, below)
-    if not undecided(score, thresholds, allow_lower):
-        reading = GateReading(score, refusal_prob)
-        assert choose_zone(reading, thresholds, allow_lower) is Zone.PASS
-    assert undecided(float("nan"), thresholds, allow_lower)
+    zone = choose_zone(GateReading(score, refusal_prob), thresholds, allow_lower)
+    assert zone in (Zone.PASS, prospect(score, thresholds, allow_lower))
+    agreeing = {choose_zone(GateReading(score, p), thresholds, allow_lower) for p in (0.0, 1.0)}
+    assert prospect(score, thresholds, allow_lower) in agreeing
+    assert prospect(float("nan"), thresholds, allow_lower) is Zone.PASS
 
 
 @given(st.integers(30, 400), st.floats(0.05, 0.5), st.floats(0.5, 0.99))

@@ -160,6 +160,24 @@ def test_unflagged_batchmates_are_bit_identical_to_vllm_without_the_plugin(
     assert any(bits(guarded[i]) != bits(stock[i]) for i in moved)
 
 
+def test_a_zone_that_is_known_a_step_late_is_the_same_and_costs_others_nothing(run: Run) -> None:
+    asked = {"scenario": "answers", "n_each": 8, "eager": True}
+    stock, guarded = run.together({**asked, "guard": None}, asked)
+    late = guarded["late"]
+    stock, at_once, late = same_batches(stock, guarded, late)
+    records = [answer["record"] for answer in late]
+    assert all(within_budget(record) for record in records)
+    assert [r["zone"] for r in records] == [a["record"]["zone"] for a in at_once]
+    passed = [i for i, record in enumerate(records) if record["zone"] == "pass"]
+    assert [bits(late[i]) for i in passed] == [bits(stock[i]) for i in passed]
+    for i, record in enumerate(records):  # as many rows round otherwise in a pass of their own
+        if i not in passed:
+            assert record["shadow_passes"] > 0
+            nats = at_once[i]["record"]["kl_nats"]
+            if late[i]["tokens"] == at_once[i]["tokens"]:
+                assert record["kl_nats"] == pytest.approx(nats, abs=0.05)
+
+
 @pytest.mark.parametrize("eager", [True, False])
 def test_observe_mode_changes_no_bit_and_books_what_it_would_have_spent(
     run: Run, eager: bool

@@ -16,8 +16,9 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before the start", allow_module_level=True)
 
+from guard.gate import refusal_probability
 from guard.kl import kl_per_token, log_probs, mix_rows
-from guard.probe import project
+from guard.probe import Probe, linear_probe, pool_message, probe_scores, project
 from serve import vllm_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy in the interpreter
@@ -111,3 +112,108 @@ def test_projections_are_the_probes_and_go_to_their_slots() -> None:
     there = slots >= 0
     assert torch.allclose(kept[slots[there]], project(hidden, weight)[there], atol=1e-4)
     assert int(kept.isnan().sum()) == 75
+
+
+def test_a_tokens_projections_are_the_same_bits_whatever_else_is_in_the_step() -> None:
+    torch.manual_seed(4)
+    hidden = torch.randn(7, 1100).to(torch.bfloat16).to(DEVICE)
+    weight = torch.randn(6, 1100, device=DEVICE)
+    whole, alone = (torch.full((7, 6), float("nan"), device=DEVICE) for _ in range(2))
+    slots = torch.arange(7, device=DEVICE)
+    vllm_kernels.project_tokens(hidden, weight, slots, whole)
+    for i in range(7):
+        vllm_kernels.project_tokens(hidden[i : i + 1], weight, slots[i : i + 1], alone)
+    assert torch.equal(whole, alone)
+    assert torch.allclose(whole, project(hidden, weight), atol=1e-3)
+
+
+def probes() -> list[Probe]:
+    """One of each form: attention with a hidden layer and without, and a line."""
+    heads, values, template, units = 3, 5, 6, 10
+    features = heads * values + template
+    message = torch.randn(heads + values, 8, device=DEVICE)
+    read = torch.randn(template, 8, device=DEVICE)
+    hidden = torch.randn(units, features + 1, device=DEVICE)
+    return [
+        Probe(read, torch.randn(units + 1, device=DEVICE), message, heads, hidden),
+        Probe(read, torch.randn(features + 1, device=DEVICE), message, heads),
+        Probe(read, torch.randn(template + 1, device=DEVICE)),
+        linear_probe(torch.randn(8), 0.3).map(lambda tensor: tensor.to(DEVICE)),
+    ]
+
+
+@pytest.mark.parametrize("form", range(4))
+def test_gate_scores_are_the_probes_through_the_block_table(form: int) -> None:
+    torch.manual_seed(form)
+    probe, block_size, window, n_pooled = probes()[form], 4, 11, 2
+    table = torch.randperm(24, device=DEVICE)[:20].reshape(4, 5).to(torch.int32)
+    slots = 24 * block_size
+    template = torch.randn(slots, len(probe.template), device=DEVICE)
+    message = None
+    if probe.message is not None:
+        message = torch.randn(slots, len(probe.message), device=DEVICE)
+    # row, last place of the template, first place of the message, its length
+    asked = [(2, 19, 4, 11), (0, 0, 0, 1), (3, 7, 2, 3), (2, 6, 3, 2)]
+
+    def slot(row: int, place: int) -> int:
+        return int(table[row, place // block_size]) * block_size + place % block_size
+
+    wanted = []
+    for row, last, first, length in asked:
+        pooled = None
+        if message is not None:
+            kept = message[[slot(row, first + i) for i in range(length)]].unsqueeze(0)
+            there = torch.ones(1, length, dtype=torch.bool, device=DEVICE)
+            pooled = pool_message(kept, there, probe.n_heads)
+        read = template[[slot(row, max(0, last - i)) for i in range(n_pooled)]].mean(0, True)
+        wanted.append(float(probe_scores(probe, read, pooled)))
+    numbers = torch.tensor(asked, dtype=torch.int32, device=DEVICE)
+    found = vllm_kernels.gate_scores(
+        probe, numbers, table, block_size, template, message, n_pooled, window
+    )
+    assert found.tolist() == pytest.approx(wanted, abs=2e-4)
+    alone = vllm_kernels.gate_scores(
+        probe, numbers[2:3], table, block_size, template, message, n_pooled, window
+    )
+    assert torch.equal(found[2:3], alone)
+
+
+def test_a_slot_that_was_never_written_makes_the_score_nan() -> None:
+    torch.manual_seed(6)
+    probe = probes()[0]
+    assert probe.message is not None
+    template, message = (torch.randn(8, n, device=DEVICE) for n in (6, len(probe.message)))
+    table = torch.tensor([[0, 1]], dtype=torch.int32, device=DEVICE)
+    asked = torch.tensor([[0, 5, 1, 3], [0, 5, 4, 2]], dtype=torch.int32, device=DEVICE)
+    for broken in (message, template):
+        before = broken[2 if broken is message else 5].clone()
+        broken[2 if broken is message else 5] = float("nan")
+        scores = vllm_kernels.gate_scores(probe, asked, table, 4, template, message, 2, 4)
+        assert scores.isnan().tolist() == [True, broken is template]
+        broken[2 if broken is message else 5] = before
+
+
+@pytest.mark.parametrize("vocab", [40, 4096, 9003])
+def test_refusal_probabilities_are_the_gates(vocab: int) -> None:
+    torch.manual_seed(vocab)
+    logits = (torch.randn(5, vocab) * 4).to(torch.bfloat16).to(DEVICE)
+    logits[1, 5:30] = float("-inf")
+    logits[2, 7] = 60.0
+    ids = torch.tensor([7, 3, 12, 39], device=DEVICE)
+    weights = torch.tensor([1.0, 0.5, 0.25, 1.0], device=DEVICE)
+    asked = torch.tensor([[4, 0], [1, 0], [2, 0]], dtype=torch.int32, device=DEVICE)
+    found = vllm_kernels.refusal_probs(logits, asked, ids, weights)
+    wanted = refusal_probability(logits[[4, 1, 2]], ids, weights)
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-7)
+    assert float(found[2]) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_broken_row_has_no_refusal_probability() -> None:
+    torch.manual_seed(7)
+    logits = torch.randn(3, 4200, device=DEVICE)
+    logits[0, 4150] = float("nan")
+    logits[1, 3] = float("inf")
+    asked = torch.arange(3, dtype=torch.int32, device=DEVICE).unsqueeze(1)
+    ids, weights = torch.tensor([9], device=DEVICE), torch.ones(1, device=DEVICE)
+    found = vllm_kernels.refusal_probs(logits, asked, ids, weights)
+    assert found.isnan().tolist() == [True, True, False]

@@ -234,7 +234,15 @@ def answers(model: str, out: Path, options: dict[str, Any]) -> None:
         if engine.guard is not None and answer["record"]["zone"] == "raise"
     ]
     features = _features(engine, raised[0]) if raised else {}
-    out.write_text(json.dumps({"answers": found, "batches": batches, "features": features}))
+    late: list[dict[str, Any]] = []
+    if engine.guard is not None and options.get("eager", True):
+        engine.guard.late, engine.guard.others_wait = True, 1  # as on a GPU under load
+        engine.llm.reset_prefix_cache()
+        engine.batches.clear()
+        late = engine.chat(prompts, params)
+    again = {"answers": late, "batches": list(engine.batches)}
+    written = {"answers": found, "batches": batches, "features": features, "late": again}
+    out.write_text(json.dumps(written))
 
 
 def _features(engine: Engine, text: str) -> dict[str, Any]:
