@@ -1,9 +1,12 @@
 """What the guard costs inside vLLM on one GPU, beside stock vLLM, by samples taken in turns.
 
 The model has the shape of Qwen2.5-7B and random weights, written as a real checkpoint, so the guard
-starts as it always does. Its artifact is written by the code that calibration uses: a random
-carrier at two thirds of the depth, and a probe that tells two kinds of prompts apart by their last
-instruction token, so that each prompt is flagged or not as the benchmark asks.
+starts as it always does. Its artifact is written by the code that calibration uses: random
+carriers at two thirds of the depth, and a probe of the size that calibration trains (attention over
+64 tokens of the message at five twelfths of the depth, template tokens at five eighths, a hidden
+layer). It tells three kinds of prompts apart: harmful ones, which are raised; benign ones, which
+would be lowered if the model were about to refuse them, as ordinary traffic would; and uncertain
+ones, which the score alone lets pass.
 
     python -m benchmarks.vllm_decode --shape FOLDER --tokenizer FOLDER --work FOLDER --out FILE
 
@@ -32,18 +35,18 @@ from pathlib import Path
 from typing import Any
 
 PROMPT, SHORT, LONG = 128, 8, 136
-BENIGN, HARMFUL = 2000, 3000  # token ids that end the two kinds of instruction
-SUFFIX = [151645, 198, 151644, 77091, 198]
+BENIGN, UNCERTAIN, HARMFUL = 2000, 2500, 3000  # token ids of which the kinds of prompts are made
+OPENING, SUFFIX = [151644, 872, 198], [151645, 198, 151644, 77091, 198]
+N_HEADS, N_VALUES, N_TEMPLATE, N_HIDDEN, WINDOW = 4, 8, 16, 32, 64
 TOKENS = 256
 KV_BYTES = 11 << 29  # 256 rows of 384 tokens, and little more: engines share the card
 POLICY = {
     "shadow_tokens": 16,
     "raise_budget_nats": 4.0,
     "token_cap_nats": 0.25,
-    "lower": "off",
     "policies": {
-        "k64": {"shadow_tokens": 64, "raise_budget_nats": 16.0},
-        "every": {"shadow_tokens": 65536, "raise_budget_nats": 64.0},
+        "k64": {"shadow_tokens": 64, "raise_budget_nats": 16.0, "lower": "off"},
+        "every": {"shadow_tokens": 65536, "raise_budget_nats": 64.0, "lower": "off"},
     },
 }
 """No ledger runs dry before the last token that is due: 16 · 0.25 = 4."""
@@ -68,13 +71,16 @@ def cases(mode: str) -> dict[str, Case]:
             steered = {"batch": batch, "extra": HOTWIRE}
             found[f"steered_{batch}"] = ("per_token", steered, rounds)
         return found
-    found["staggered"] = ("staggered", {"every": 0}, 9)
+    found["staggered"] = ("staggered", {"every": 0}, 7)
     found["first_token"] = ("first_token", {}, 9)
     for batch, rounds in ((1, 3), (8, 3), (32, 5), (128, 3), (256, 5)):
         found[f"whole_{batch}"] = ("whole", {"batch": batch}, rounds)
     if mode == "guard":
-        found["staggered_2pct"] = ("staggered", {"every": 50}, 9)
+        found["staggered_2pct"] = ("staggered", {"every": 50}, 7)
         found["staggered_10pct"] = ("staggered", {"every": 10}, 3)
+        found["staggered_uncertain"] = ("staggered", {"every": 0, "kind": UNCERTAIN}, 5)
+        found["staggered_waiting"] = ("staggered", {"every": 0, "tentative": 0}, 5)
+        found["first_token_uncertain"] = ("first_token", {"kind": UNCERTAIN}, 5)
         for batch, rounds in ((1, 3), (8, 3), (32, 5), (128, 3), (256, 5)):
             found[f"flagged_{batch}"] = ("whole", {"batch": batch, "share": 1.0}, rounds)
         for share in (0.1, 0.5):
@@ -99,6 +105,7 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", default=["stock", "guard"], choices=MODES)
     parser.add_argument("--rounds", type=int, default=9, help="at most")
     parser.add_argument("--only", nargs="+", help="these cases")
+    parser.add_argument("--profile", action="store_true", help="sum up kernels by name at the end")
     parser.add_argument("--make", action="store_true", help="only make model and guard")
     parser.add_argument("--engine", choices=MODES, help="be one mode's engine")
     parser.add_argument("--answers", type=int, help="file descriptor that an engine answers to")
@@ -138,6 +145,12 @@ def main() -> int:
         args.out.write_text(json.dumps(compare(found), indent=1) + "\n")
         print(f"round {turn}", json.dumps(compare(found)["ratios"]), flush=True)
     for mode, engine in engines.items():
+        kernels = found[mode]["kernels"] = {}
+        for batch in (1, 32, 256) if args.profile else ():
+            kernels[f"decode_{batch}"] = engine.ask("kernels", {"batch": batch})
+            if mode == "guard":
+                steered = {"batch": batch, "kind": HARMFUL, "extra": EVERY}
+                kernels[f"every_{batch}"] = engine.ask("kernels", steered)
         if "staggered" in wanted[mode]:
             shares = (0, 50) if mode == "guard" else (0,)
             found[mode]["steps"] = {str(n): engine.ask("steps", {"every": n}) for n in shares}
@@ -240,8 +253,15 @@ def make(shape: Path, tokenizer: Path, work: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from guard.artifact import CarrierArtifact, CarrierSpec, GateSpec, Manifest, save_artifact
-    from guard.probe import linear_probe
+    from guard.artifact import (
+        CarrierArtifact,
+        CarrierSpec,
+        GateSpec,
+        Manifest,
+        MessageRead,
+        save_artifact,
+    )
+    from guard.probe import Probe, pool_message, probe_scores, project
     from guard.steering import Carrier
     from serve.vllm_identity import checkpoint_identity
 
@@ -256,27 +276,56 @@ def make(shape: Path, tokenizer: Path, work: Path) -> None:
         if "token" in file.name or "chat_template" in file.name:
             shutil.copy(file, folder / file.name)
     n_layers, d_model = config.num_hidden_layers, config.hidden_size
-    gate_layer, carrier_layer = n_layers // 2, round(n_layers * 2 / 3)
+    message_layer, gate_layer = round(n_layers * 5 / 12), round(n_layers * 5 / 8)
+    carrier_layer = round(n_layers * 2 / 3)
 
     @torch.inference_mode()
-    def read(kind: int, seed: int) -> tuple[Any, Any]:
+    def read(kind: int, seed: int) -> tuple[Any, Any, Any]:
         chance = random.Random(seed)  # noqa: S311 - prompts
         ids = torch.tensor([prompt(chance, kind, PROMPT) for _ in range(32)])
         states = model(ids.cuda(), output_hidden_states=True).hidden_states
-        place = -1 - len(SUFFIX)
-        return states[gate_layer][:, place].float().cpu(), states[carrier_layer][:, -1].float()
+        end = -len(SUFFIX)
+        return (
+            states[message_layer][:, end - WINDOW : end].float().cpu(),
+            states[gate_layer][:, end : end + 2].float().cpu(),
+            states[carrier_layer][:, -1].float(),
+        )
 
-    benign, stream = read(BENIGN, 0)
-    harmful, _ = read(HARMFUL, 1000)
-    probe = harmful.mean(0) - benign.mean(0)
-    probe = probe / probe.norm()
-    middle = float((harmful.mean(0) + benign.mean(0)) @ probe / 2)
-    gap = float(((harmful - benign) @ probe).mean())
-    fresh = [read(kind, 5000)[0] @ probe - middle for kind in (BENIGN, HARMFUL)]
-    if not (float(fresh[0].max()) < 0.0 < float(fresh[1].min())):
-        raise SystemExit(f"the probe does not separate the two kinds: {fresh}")
-    direction = torch.randn(d_model, generator=torch.Generator().manual_seed(1))
-    direction *= 0.3 * float(stream.norm(dim=-1).mean()) / direction.norm()
+    seen = {kind: read(kind, kind) for kind in (BENIGN, HARMFUL)}
+    stream = seen[BENIGN][2]
+    means = {kind: message.mean((0, 1)) for kind, (message, _, _) in seen.items()}
+    noise = torch.Generator().manual_seed(2)
+
+    def small(*size: int) -> Any:
+        return torch.randn(size, generator=noise) / d_model**0.5 / 10
+
+    # Every head averages, its first value tells the kinds apart, and one hidden unit adds those up.
+    direction = means[HARMFUL] - means[BENIGN]
+    scale = 4.0 / float(direction.norm() ** 2)
+    message_weights = small(N_HEADS + N_VALUES, d_model)
+    message_weights[N_HEADS] = direction * scale
+    middle = float((means[HARMFUL] + means[BENIGN]) @ direction * scale / 2)
+    hidden = small(N_HIDDEN, N_HEADS * N_VALUES + N_TEMPLATE + 1)
+    hidden[0] = 0.0
+    hidden[0, : N_HEADS * N_VALUES : N_VALUES] = 1 / N_HEADS
+    hidden[0, -1] = 10.0 - middle  # where GELU is a line
+    out = torch.zeros(N_HIDDEN + 1)
+    out[0], out[-1] = 1.0, -10.0
+    probe = Probe(small(N_TEMPLATE, d_model), out, message_weights, N_HEADS, hidden)
+    scores = {}
+    for kind in (BENIGN, UNCERTAIN, HARMFUL):
+        message, template, _ = read(kind, kind + 1)
+        there = torch.ones(message.shape[:2], dtype=torch.bool)
+        pooled = pool_message(project(message, message_weights), there, N_HEADS)
+        scores[kind] = probe_scores(probe, project(template, probe.template).mean(1), pooled)
+    print({kind: (float(s.min()), float(s.max())) for kind, s in scores.items()}, flush=True)
+    cuts = []
+    for below, above in ((BENIGN, UNCERTAIN), (UNCERTAIN, HARMFUL)):
+        if not scores[below].max() < scores[above].min():
+            raise SystemExit("the probe does not tell the three kinds apart")
+        cuts.append(float(scores[below].max() + scores[above].min()) / 2)
+    carriers = torch.randn(2, d_model, generator=torch.Generator().manual_seed(1))
+    carriers *= 0.3 * float(stream.norm(dim=-1).mean()) / carriers.norm(dim=-1, keepdim=True)
     dtype = SimpleNamespace(
         model=str(folder), tokenizer=str(folder), revision=None, tokenizer_revision=None,
         trust_remote_code=False, hf_config=config, dtype=torch.bfloat16,
@@ -291,25 +340,31 @@ def make(shape: Path, tokenizer: Path, work: Path) -> None:
         raise_carrier=CarrierSpec(
             layer=carrier_layer, kind="add", family="random", norm_share=0.3
         ),
-        lower_carrier=None,
+        lower_carrier=CarrierSpec(
+            layer=carrier_layer, kind="add", family="random", norm_share=0.3
+        ),
         gate=GateSpec(
-            layer=gate_layer, instruction_suffix_ids=SUFFIX, raise_above=0.0,
-            lower_below=None, raise_if_refusal_below=0.9, lower_if_refusal_above=0.1,
-            alpha=0.05, delta=0.05, n_by_stratum={},
+            layer=gate_layer, n_hidden=N_HIDDEN, instruction_suffix_ids=SUFFIX[2:], n_pooled=2,
+            message=MessageRead(
+                layer=message_layer, width=WINDOW, suffix_ids=SUFFIX, opening_ids=OPENING,
+                n_heads=N_HEADS,
+            ),
+            raise_above=cuts[1], lower_below=cuts[0], raise_if_refusal_below=0.9,
+            lower_if_refusal_above=0.1, alpha=0.05, delta=0.05, n_by_stratum={},
         ),
     )  # fmt: skip
     artifact = CarrierArtifact(
         manifest,
-        raise_carrier=Carrier.additive(carrier_layer, direction),
-        lower_carrier=None,
-        probe=linear_probe(probe, -middle),
+        raise_carrier=Carrier.additive(carrier_layer, carriers[0]),
+        lower_carrier=Carrier.additive(carrier_layer, carriers[1]),
+        probe=probe,
         refusal_token_ids=torch.tensor([40, 19152]),
         refusal_token_weights=torch.ones(2),
     )
     save_artifact(artifact, work / "guard.safetensors")
     (work / "vectors").mkdir(exist_ok=True)
-    torch.save(direction.cpu(), work / "vectors" / "carrier.pt")
-    print(f"gate at {gate_layer}, carrier at {carrier_layer}, kinds {gap:.3g} apart", flush=True)
+    torch.save(carriers[0], work / "vectors" / "carrier.pt")
+    print(f"gate at {message_layer} and {gate_layer}, carriers at {carrier_layer}", flush=True)
 
 
 def prompt(chance: random.Random, kind: int, length: int) -> list[int]:
@@ -317,7 +372,7 @@ def prompt(chance: random.Random, kind: int, length: int) -> list[int]:
 
     Many times, for random weights keep little of a single token after a dozen layers.
     """
-    head = [chance.randrange(5000, 150000) for _ in range(16)]
+    head = [*[chance.randrange(5000, 150000) for _ in range(13)], *OPENING]
     return [*head, *[kind] * (length - len(head) - len(SUFFIX)), *SUFFIX]
 
 
@@ -382,19 +437,53 @@ class Engine:
         kinds = [HARMFUL if int((i + 1) * share) > int(i * share) else BENIGN for i in range(batch)]
         return round(self.seconds(kinds, [TOKENS] * batch, extra=extra) / TOKENS * 1000, 4)
 
-    def staggered(self, every: int) -> float:
+    def staggered(self, every: int, kind: int = BENIGN, tentative: int | None = None) -> float:
         """Milliseconds per step of 256 rows while requests come and go, one `every` flagged.
 
         The first 256 end after 1, 2, 3 … tokens; each that ends lets in one of 256 that follow.
+
+        Args:
+            every: 0: nobody is flagged.
+            kind: of the others.
+            tentative: rows that may be steered before their zone is known; None: as shipped.
         """
         tokens = [*range(1, 257), *[TOKENS] * 256]
-        kinds = [HARMFUL if every and i % every == every // 2 else BENIGN for i in range(512)]
-        return round(self.seconds(kinds, tokens) / (sum(tokens) / 256) * 1000, 4)
+        kinds = [HARMFUL if every and i % every == every // 2 else kind for i in range(512)]
+        if tentative is not None:
+            before = self.llm.collective_rpc(set_tentative, args=(tentative,))[0]
+        found = round(self.seconds(kinds, tokens) / (sum(tokens) / 256) * 1000, 4)
+        if tentative is not None:
+            self.llm.collective_rpc(set_tentative, args=(before,))
+        return found
 
-    def first_token(self) -> float:
+    def first_token(self, kind: int = BENIGN) -> float:
         """Milliseconds to the first token of a prompt of 512: median of ten, one after another."""
-        samples = [self.seconds([BENIGN], [1], 512) for _ in range(10)]
+        samples = [self.seconds([kind], [1], 512) for _ in range(10)]
         return round(statistics.median(samples) * 1000, 4)
+
+    def kernels(
+        self, batch: int, kind: int = BENIGN, extra: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Device time of a decoding step by kernel: those of 48 tokens less those of 16."""
+        found = []
+        for tokens in (16, 48):
+            self.llm.collective_rpc(profile)
+            self.seconds([kind] * batch, [tokens] * batch, extra=extra)
+            found.append(self.llm.collective_rpc(profiled)[0])
+        short, long = found
+        by_name = {
+            name: (
+                round((us - short.get(name, (0, 0))[0]) / 32, 2),
+                round((count - short.get(name, (0, 0))[1]) / 32, 2),
+            )
+            for name, (us, count) in long.items()
+        }
+        ordered = sorted(by_name.items(), key=lambda item: -item[1][0])
+        return {
+            "busy_us_per_step": round(sum(us for us, _ in by_name.values()), 1),
+            "launches_per_step": round(sum(count for _, count in by_name.values()), 1),
+            "us_and_launches_by_kernel": dict(ordered[:40]),
+        }
 
     def steps(self, every: int) -> list[dict[str, Any]]:
         """Where the host's time goes in staggered arrivals: mean milliseconds by kind of step."""
@@ -443,6 +532,37 @@ def reserved(_: Any) -> int:
     import torch
 
     return torch.cuda.memory_reserved()
+
+
+def set_tentative(wrapper: Any, most: int) -> int:
+    """In a worker: how many rows may be steered before their zone is known; how many could be."""
+    guard = wrapper.__dict__["trimtab"].guard
+    before, guard.most_tentative = guard.most_tentative, most
+    return int(before)
+
+
+def profile(wrapper: Any) -> None:
+    """In a worker: watch the device's kernels from now on."""
+    import torch
+
+    wrapper.__dict__["profiler"] = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA]
+    )
+    wrapper.__dict__["profiler"].start()
+
+
+def profiled(wrapper: Any) -> dict[str, tuple[float, int]]:
+    """In a worker: kernel → microseconds and launches since `profile`."""
+    import torch
+
+    torch.cuda.synchronize()
+    profiler = wrapper.__dict__.pop("profiler")
+    profiler.stop()
+    return {
+        event.key[:120]: (float(event.self_device_time_total), int(event.count))
+        for event in profiler.key_averages()
+        if event.self_device_time_total > 0
+    }
 
 
 def watch(wrapper: Any) -> None:
@@ -547,6 +667,9 @@ def compare(found: dict[str, Any]) -> dict[str, Any]:
             "staggered_nobody_flagged": ratio("guard", "staggered"),
             "flagged_2pct_to_nobody": ratio("guard", "staggered_2pct", "staggered", "guard"),
             "staggered_10pct": ratio("guard", "staggered_10pct", "staggered"),
+            "staggered_uncertain": ratio("guard", "staggered_uncertain", "staggered"),
+            "staggered_if_the_host_waited": ratio("guard", "staggered_waiting", "staggered"),
+            "ttft_uncertain": ratio("guard", "first_token_uncertain", "first_token"),
             "batch_256_by_share": {
                 str(share): ratio("guard", f"flagged_256_share_{share}", "whole_256")
                 for share in (0.1, 0.5)
