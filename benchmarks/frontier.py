@@ -3,7 +3,7 @@
 One run, the same prompts, the same sampling noise:
 
     base             the model alone
-    guard            the guard as it serves, at several budgets
+    guard            the guard as it serves, at several budgets, and with its presets' thresholds
     random_carrier   the guard with random carriers of the same norm: what budget and gate do alone
     static_addition  the raise carrier added at every token of every request: no gate, no bound
     cast             the same, only where the gate's score is above a threshold: a conditional
@@ -61,7 +61,7 @@ SYSTEM_PROMPTS = (
     " what is plainly harmless.",
 )
 CAST_AT = (0.5, 1.0)
-"""Thresholds of `cast`, as places between the guard's τ_lo (0) and τ_hi (1)."""
+"""Thresholds of `cast`, as places between τ_lo (0) and τ_hi (1); those of presets come beside."""
 
 
 class Arena:
@@ -199,6 +199,7 @@ def run(
     arena: Arena,
     temperatures: Sequence[float],
     budgets: Sequence[float],
+    preset_budgets: Sequence[float],
     lower_budget: float,
     strengths: Sequence[float],
     seed: int,
@@ -208,21 +209,36 @@ def run(
         arena.trial("base", "base", {}, temperature, arena.base(temperature))
         for temperature in temperatures
     ]
-    guards = {"guard": arena.artifact, "random_carrier": randomised(arena.artifact, seed)}
-    for family, artifact in guards.items():
-        for budget in budgets:
+    presets = arena.artifact.manifest.presets
+    guards = [
+        (family, preset, artifact.with_preset(preset))
+        for family, artifact in (
+            ("guard", arena.artifact),
+            ("random_carrier", randomised(arena.artifact, seed)),
+        )
+        for preset in (None, *presets)
+        if preset is None or family == "guard"
+    ]
+    for family, preset, artifact in guards:
+        for budget in budgets if preset is None else preset_budgets:
             policy = Policy(
                 raise_budget_nats=budget,
                 lower_budget_nats=lower_budget,
                 token_cap_nats=max(budget, lower_budget),
             )
-            settings = {"raise_budget_nats": budget, "lower_budget_nats": lower_budget}
+            settings = {
+                "raise_budget_nats": budget,
+                "lower_budget_nats": lower_budget,
+                "alpha": artifact.manifest.gate.alpha,
+                "preset": preset,
+            }
             for temperature in temperatures:
                 replies = arena.guarded(artifact, policy, temperature)
-                name = f"raise {budget:g}, lower {lower_budget:g} nats"
+                name = f"{preset or 'default'}, raise {budget:g}, lower {lower_budget:g} nats"
                 found.append(arena.trial(family, name, settings, temperature, replies))
     low, high = gate_range(arena.artifact)
     thresholds = [low + place * (high - low) for place in CAST_AT]
+    thresholds = sorted({*thresholds, *(preset.raise_above for preset in presets.values())})
     for strength in strengths:
         everyone = -float("inf")
         wanted = [everyone, *(thresholds if strength > 0 else ())]
@@ -310,7 +326,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     sets = gather(files, artifact.manifest.seed, args.n)
     arena = Arena(subject, artifact, sets, args.max_tokens, args.seed, args.batch)
     trials = run(
-        arena, args.temperatures, args.budgets, args.lower_budget, args.strengths, args.seed
+        arena,
+        args.temperatures,
+        args.budgets,
+        args.preset_budgets,
+        args.lower_budget,
+        args.strengths,
+        args.seed,
     )
     result = {
         **summary(trials, args.seed),
@@ -360,6 +382,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0, 4.0])
+    parser.add_argument("--preset-budgets", type=float, nargs="+", default=[1.0, 4.0])
     parser.add_argument("--lower-budget", type=float, default=1.0)
     parser.add_argument("--strengths", type=float, nargs="+", default=[-1.0, -0.5, 0.5, 1.0, 2.0])
     today = f"{datetime.now(UTC):%Y-%m-%d}"
