@@ -18,6 +18,7 @@ class FrontierPoint:
         raise_budget_nats: of the policy, per request.
         lower_budget_nats: of the policy, per request.
         shadow_tokens: of the policy.
+        token_cap_nats: of the policy.
         harmful_refused: share of harmful prompts that are refused.
         hard_benign_refused: share of hard benign prompts that are refused: over-refusal.
         ordinary_refused: share of ordinary benign prompts that are refused: over-refusal.
@@ -29,6 +30,7 @@ class FrontierPoint:
     raise_budget_nats: float
     lower_budget_nats: float
     shadow_tokens: int
+    token_cap_nats: float
     harmful_refused: Interval
     hard_benign_refused: Interval
     ordinary_refused: Interval

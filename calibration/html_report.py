@@ -124,7 +124,7 @@ def _frontier(result: CalibrationResult) -> Iterable[str]:
         [
             "policy",
             "budget up / down, nats",
-            "tokens",
+            "K; nats a token",
             "harmful refused",
             "hard benign refused",
             "ordinary refused",
@@ -134,7 +134,7 @@ def _frontier(result: CalibrationResult) -> Iterable[str]:
             [
                 escape(p.name) + (" <mark>chosen</mark>" if p.chosen else ""),
                 f"{p.raise_budget_nats:g} / {p.lower_budget_nats:g}",
-                str(p.shadow_tokens),
+                f"{p.shadow_tokens}; {p.token_cap_nats:g}",
                 *map(
                     _interval,
                     (p.harmful_refused, p.hard_benign_refused, p.ordinary_refused, p.benign_nats),

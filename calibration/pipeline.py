@@ -45,7 +45,7 @@ from calibration.gate_fit import (
     template_window,
 )
 from calibration.geometry import effective_rank, participation_ratio, split_half_cosine
-from calibration.policies import Outcome, compile_policies, grid, tabulate
+from calibration.policies import Outcome, Pace, Spending, compile_policies, grid, tabulate
 from calibration.progress import Progress, Silent
 from calibration.prompts import (
     Prompt,
@@ -70,7 +70,6 @@ from guard.artifact import (
 )
 from guard.errors import InputError, NoAdmissibleCarrierError
 from guard.gate import Zone, conformal_upper
-from guard.policy import Policy
 from guard.refusal import Verdict, judge
 
 __all__ = ["CalibrationResult", "calibrate", "calibrate_subject"]
@@ -86,6 +85,8 @@ _MESSAGE_DEPTHS = (1 / 3, 5 / 12)
 """Shares of the layers below which whole messages are captured: 8 and 10 of 24."""
 _ALPHAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 _REFUSAL_ABOVE = (0.1, 0.2, 0.3)
+_PACES = tuple(Pace(k, share) for k in (4, 8, 16) for share in (0.25, 1.0))
+"""K and token cap of the policies that are compared where a target is to be kept."""
 
 
 @dataclass
@@ -600,14 +601,14 @@ def _policies(
         _REFUSAL_ABOVE,
         sorted({min(1.0, most), most}),
         min(config.lower_budget_nats, most),
+        _PACES if config.target_over_refusal is not None else (Pace(),),
     )
 
-    def answer(rows: Sequence[int], zone: Zone, budget: float) -> list[Answered]:
-        policy = Policy(raise_budget_nats=budget, lower_budget_nats=budget, token_cap_nats=budget)
+    def answer(rows: Sequence[int], zone: Zone, spending: Spending) -> list[Answered]:
         return answer_pairs(
             subject,
             artifact,
-            policy,
+            spending.policy,
             [texts[i] for i in rows],
             config.confirm_tokens,
             config.batch_size,

@@ -1,8 +1,9 @@
 """Policies compiled from calibration: what thresholds and budgets do, measured, and the choice.
 
 Each validation prompt is answered once by the model alone and, where some policy would flag it,
-once more in each zone and at each budget. A policy is then only a way to pick one of these
-responses per prompt, so the whole frontier costs no more than its most permissive corner.
+once more in each zone, at each budget and at each pace of spending it. A policy is then only a way
+to pick one of these responses per prompt, so the whole frontier costs no more than its most
+permissive corner.
 """
 
 from __future__ import annotations
@@ -22,11 +23,56 @@ from guard.gate import GateReading, Thresholds, Zone, choose_zone
 from guard.policy import Policy
 from guard.refusal import Verdict
 
-__all__ = ["Outcome", "Setting", "compile_policies", "needed", "tabulate"]
+__all__ = [
+    "Outcome",
+    "Pace",
+    "Setting",
+    "Spending",
+    "compile_policies",
+    "grid",
+    "needed",
+    "tabulate",
+]
 
 GROUPS = ("harmful", "hard_benign", "ordinary")
 _REFUSING = (Verdict.REFUSED, Verdict.PARTIAL)
 _KEEP_LOWERED = 0.8  # of the over-refusals that a lower threshold on p_R would remove
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a budget may be spent.
+
+    Attributes:
+        shadow_tokens: K.
+        cap_share: of the budget, that one token may spend.
+    """
+
+    shadow_tokens: int = Policy().shadow_tokens
+    cap_share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a response in a zone may spend.
+
+    Attributes:
+        budget_nats: per request.
+        pace: K and what one token may spend.
+    """
+
+    budget_nats: float
+    pace: Pace = Pace()
+
+    @property
+    def policy(self) -> Policy:
+        """The same as a policy, for whichever zone is forced."""
+        return Policy(
+            raise_budget_nats=self.budget_nats,
+            lower_budget_nats=self.budget_nats,
+            token_cap_nats=self.budget_nats * self.pace.cap_share,
+            shadow_tokens=self.pace.shadow_tokens,
+        )
 
 
 @dataclass(frozen=True)
@@ -38,12 +84,28 @@ class Setting:
         thresholds: of the gate.
         raise_budget_nats: per request.
         lower_budget_nats: per request.
+        pace: K, and the token cap as a share of the budget to raise.
     """
 
     alpha: float
     thresholds: Thresholds
     raise_budget_nats: float
     lower_budget_nats: float
+    pace: Pace = Pace()
+
+    @property
+    def token_cap_nats(self) -> float:
+        """Most that one token may spend."""
+        return self.pace.cap_share * max(self.raise_budget_nats, self.lower_budget_nats)
+
+    def spending(self, zone: Zone) -> Spending:
+        """What a response in this zone may spend."""
+        budgets = {Zone.RAISE: self.raise_budget_nats, Zone.LOWER: self.lower_budget_nats}
+        budget = budgets.get(zone, 0.0)
+        if budget <= 0.0:
+            return Spending(0.0, self.pace)
+        share = min(1.0, self.token_cap_nats / budget)
+        return Spending(budget, replace(self.pace, cap_share=share))
 
 
 @dataclass
@@ -54,39 +116,39 @@ class Outcome:
         group: of `GROUPS`.
         reading: the gate's.
         refused: by the model alone.
-        steered: (zone, budget) → refused, nats; only where a setting needs it.
+        steered: (zone, spending) → refused, nats; only where a setting needs it.
     """
 
     group: str
     reading: GateReading
     refused: bool
-    steered: dict[tuple[Zone, float], tuple[bool, float]] = field(default_factory=dict)
+    steered: dict[tuple[Zone, Spending], tuple[bool, float]] = field(default_factory=dict)
 
     def under(self, setting: Setting) -> tuple[bool, float]:
         """Refused, and the nats spent, under a policy."""
         zone = choose_zone(self.reading, setting.thresholds)
         if zone is Zone.PASS:
             return self.refused, 0.0
-        return self.steered[zone, _budget(setting, zone)]
+        return self.steered[zone, setting.spending(zone)]
 
 
-Answer = Callable[[Sequence[int], Zone, float], list[Answered]]
-"""Responses to some prompts, by index, with the zone forced, at a budget."""
+Answer = Callable[[Sequence[int], Zone, Spending], list[Answered]]
+"""Responses to some prompts, by index, with the zone forced."""
 
 
 def tabulate(outcomes: Sequence[Outcome], settings: Sequence[Setting], answer: Answer) -> None:
     """Answer every prompt in every zone and at every budget that some setting puts it into."""
-    wanted: dict[tuple[Zone, float], list[int]] = {}
+    wanted: dict[tuple[Zone, Spending], list[int]] = {}
     for i, outcome in enumerate(outcomes):
         for setting in settings:
             zone = choose_zone(outcome.reading, setting.thresholds)
-            rows = wanted.setdefault((zone, _budget(setting, zone)), [])
+            rows = wanted.setdefault((zone, setting.spending(zone)), [])
             if zone is not Zone.PASS and i not in rows:
                 rows.append(i)
-    for (zone, budget), rows in wanted.items():
-        for i, pair in zip(rows, answer(rows, zone, budget) if rows else [], strict=True):
+    for (zone, spending), rows in wanted.items():
+        for i, pair in zip(rows, answer(rows, zone, spending) if rows else [], strict=True):
             refused = pair.record.verdict in _REFUSING
-            outcomes[i].steered[zone, budget] = refused, pair.record.kl_nats
+            outcomes[i].steered[zone, spending] = refused, pair.record.kl_nats
 
 
 def grid(
@@ -95,6 +157,7 @@ def grid(
     refusal_above: Sequence[float],
     raise_budgets: Sequence[float],
     lower_budget: float,
+    paces: Sequence[Pace] = (Pace(),),
 ) -> list[Setting]:
     """Every combination of thresholds and budgets.
 
@@ -104,9 +167,12 @@ def grid(
         refusal_above: values of `lower_if_refusal_above`.
         raise_budgets: nats per request.
         lower_budget: nats per request.
+        paces: K and token caps.
     """
     found = []
-    for (alpha, tau), above, budget in product(raise_above.items(), refusal_above, raise_budgets):
+    for (alpha, tau), above, budget, pace in product(
+        raise_above.items(), refusal_above, raise_budgets, paces
+    ):
         lower = thresholds.lower_below
         limits = replace(
             thresholds,
@@ -114,7 +180,7 @@ def grid(
             lower_below=None if lower is None else min(lower, tau),
             lower_if_refusal_above=above,
         )
-        found.append(Setting(alpha, limits, budget, lower_budget))
+        found.append(Setting(alpha, limits, budget, lower_budget, pace))
     return found
 
 
@@ -170,7 +236,8 @@ def compile_policies(
             f"α {s.alpha:g}",
             s.raise_budget_nats,
             s.lower_budget_nats,
-            Policy().shadow_tokens,
+            s.pace.shadow_tokens,
+            s.token_cap_nats,
             r["harmful_refused"],
             r["hard_benign_refused"],
             r["ordinary_refused"],
@@ -196,9 +263,12 @@ def _certain(
 ) -> tuple[list[int], str]:
     """Settings that keep the target with 95 % confidence, and why there are none."""
     ordinary = [o for o in outcomes if o.group == "ordinary"]
-    order = sorted(
-        range(len(settings)), key=lambda i: (settings[i].alpha, settings[i].raise_budget_nats)
-    )
+
+    def permissive(i: int) -> tuple[float, ...]:
+        one = settings[i]
+        return one.alpha, one.raise_budget_nats, one.pace.shadow_tokens, one.pace.cap_share
+
+    order = sorted(range(len(settings)), key=permissive)
     passed: list[int] = []
     for i in order:
         refused = sum(o.under(settings[i])[0] for o in ordinary)
@@ -258,12 +328,8 @@ def _preset(setting: Setting, rates: dict[str, Interval]) -> Preset:
         lower_if_refusal_above=limits.lower_if_refusal_above,
         raise_budget_nats=setting.raise_budget_nats,
         lower_budget_nats=setting.lower_budget_nats,
+        token_cap_nats=setting.token_cap_nats,
+        shadow_tokens=setting.pace.shadow_tokens,
         alpha=setting.alpha,
         rates=rates,
     )
-
-
-def _budget(setting: Setting, zone: Zone) -> float:
-    if zone is Zone.RAISE:
-        return setting.raise_budget_nats
-    return setting.lower_budget_nats if zone is Zone.LOWER else 0.0

@@ -107,6 +107,8 @@ def frontier_tables(frontier: Sequence[FrontierPoint]) -> list[Table]:
             "*" if p.chosen else "",
             p.name,
             f"{p.raise_budget_nats:g} / {p.lower_budget_nats:g}",
+            f"{p.token_cap_nats:g}",
+            str(p.shadow_tokens),
             str(p.harmful_refused),
             str(p.hard_benign_refused),
             str(p.ordinary_refused),
@@ -114,7 +116,17 @@ def frontier_tables(frontier: Sequence[FrontierPoint]) -> list[Table]:
         )
         for p in frontier
     ]
-    columns = ("", "policy", "nats", "harmful refused", "hard benign", "ordinary", "benign nats")
+    columns = (
+        "",
+        "policy",
+        "nats",
+        "a token",
+        "K",
+        "harmful refused",
+        "hard benign",
+        "ordinary",
+        "benign nats",
+    )
     return [table("Policies compared on validation prompts, * recommended", columns, rows)]
 
 

@@ -317,6 +317,10 @@ def calibrate(
         print_json({**result.summary(), "out": str(out)})
         return
     print_tables(*tables(result.artifact), *frontier_tables(result.frontier))
+    if chosen := result.artifact.manifest.presets.get("chosen"):
+        note("policy that keeps the target, for --policy or TRIMTAB_POLICY:")
+        for key, value in chosen.as_policy("chosen").items():
+            note(f"  {key}: {value}")
     for line in result.notes:
         note(f"note: {line}")
     note(f"guard {result.artifact_id} written to {out}")

@@ -189,7 +189,8 @@ class GateSpec(_Frozen):
 class Preset(_Frozen):
     """Thresholds between missed harm and over-refusal, and what they did to validation prompts.
 
-    A policy names one with `preset`; the budgets are those at which the rates were measured.
+    A policy names one with `preset`; budgets, token cap and K are those at which the rates were
+    measured, and `as_policy` says them.
     """
 
     raise_above: _Finite
@@ -197,8 +198,23 @@ class Preset(_Frozen):
     lower_if_refusal_above: _Finite
     raise_budget_nats: _Finite
     lower_budget_nats: _Finite
+    token_cap_nats: _Finite | None = Field(default=None, description="None: the larger budget")
+    shadow_tokens: int = Field(default=16, ge=1)
     alpha: _Finite = Field(description="most benign prompts of a stratum above raise_above")
     rates: dict[str, Interval] = Field(default_factory=dict)
+
+    def as_policy(self, name: str) -> dict[str, str | float | int]:
+        """What to write into a policy file to be served as the rates were measured."""
+        cap = self.token_cap_nats
+        return {
+            "preset": name,
+            "raise_budget_nats": self.raise_budget_nats,
+            "lower_budget_nats": self.lower_budget_nats,
+            "token_cap_nats": max(self.raise_budget_nats, self.lower_budget_nats)
+            if cap is None
+            else cap,
+            "shadow_tokens": self.shadow_tokens,
+        }
 
 
 class Manifest(_Frozen):

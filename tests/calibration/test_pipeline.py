@@ -536,7 +536,7 @@ def test_the_html_report_escapes_what_users_and_models_wrote(done: Done) -> None
 
 def test_the_html_report_draws_the_frontier_and_names_the_chosen_point(done: Done) -> None:
     share = Interval(value=0.5, low=0.25, high=0.75, n=40)
-    point = FrontierPoint("small", 0.5, 1.0, 16, share, share, share, share, chosen=False)
+    point = FrontierPoint("small", 0.5, 1.0, 16, 0.25, share, share, share, share, chosen=False)
     points = [point, replace(point, name="large <4>", raise_budget_nats=4.0, chosen=True)]
     page = Page(html_page(replace(done.result, frontier=points)))
     assert sum(tag == "svg" for tag, _ in page.elements) == 7

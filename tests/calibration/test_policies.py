@@ -9,13 +9,16 @@ import pytest
 from calibration.evaluate import Answered
 from calibration.policies import (
     Outcome,
+    Pace,
     Setting,
+    Spending,
     compile_policies,
     grid,
     needed,
     tabulate,
 )
 from guard.gate import GateReading, Thresholds, Zone, choose_zone
+from guard.policy import Policy
 from guard.refusal import Verdict
 from guard.session import Record
 
@@ -28,9 +31,9 @@ def outcome(
 ) -> Outcome:
     """A prompt that is answered once lowered, and refused once raised if `raised` says so."""
     steered = {
-        (Zone.RAISE, 1.0): (raised, 0.9),
-        (Zone.RAISE, 4.0): (True, 2.0),
-        (Zone.LOWER, 1.0): (False, 0.5),
+        (Zone.RAISE, Spending(1.0)): (raised, 0.9),
+        (Zone.RAISE, Spending(4.0)): (True, 2.0),
+        (Zone.LOWER, Spending(1.0)): (False, 0.5),
     }
     return Outcome(group, GateReading(score, refusal), refused, steered)
 
@@ -66,7 +69,8 @@ def test_rates_are_those_of_the_responses_that_a_setting_picks() -> None:
     point = next(p for p in points if p.name == "α 0.1" and p.raise_budget_nats == 1.0)
     harmful = [o for o in outcomes if o.group == "harmful"]
     expected = sum(
-        o.steered[Zone.RAISE, 1.0][0] if o.reading.score > 1.0 else o.refused for o in harmful
+        o.steered[Zone.RAISE, Spending(1.0)][0] if o.reading.score > 1.0 else o.refused
+        for o in harmful
     )
     assert point.harmful_refused.value == pytest.approx(expected / len(harmful))
     assert point.harmful_refused.n == len(harmful)
@@ -126,11 +130,12 @@ def test_the_number_of_prompts_needed_is_the_rule_of_three() -> None:
 
 def test_only_what_some_setting_flags_is_answered_again() -> None:
     bare = [Outcome(o.group, o.reading, o.refused) for o in world()]
-    asked: dict[tuple[Zone, float], list[int]] = {}
+    asked: dict[tuple[Zone, Spending], list[int]] = {}
 
-    def answer(rows: Sequence[int], zone: Zone, budget: float) -> list[Answered]:
-        asked[zone, budget] = list(rows)
+    def answer(rows: Sequence[int], zone: Zone, spending: Spending) -> list[Answered]:
+        asked[zone, spending] = list(rows)
         verdict = Verdict.REFUSED if zone is Zone.RAISE else Verdict.COMPLIED
+        budget = spending.budget_nats
         record = Record(
             zone, 0.0, 0.0, 0.25 * budget, budget, 1, 1, 0, False, True, "uncertain", verdict
         )
@@ -138,8 +143,9 @@ def test_only_what_some_setting_flags_is_answered_again() -> None:
 
     found = settings()
     tabulate(bare, found, answer)
-    assert set(asked) == {(Zone.RAISE, 1.0), (Zone.RAISE, 4.0), (Zone.LOWER, 1.0)}
-    for (zone, budget), rows in asked.items():
+    raises = {(Zone.RAISE, Spending(budget)) for budget in (1.0, 4.0)}
+    assert set(asked) == {*raises, (Zone.LOWER, Spending(1.0))}
+    for (zone, spending), rows in asked.items():
         flagged = [
             i
             for i, o in enumerate(bare)
@@ -147,6 +153,51 @@ def test_only_what_some_setting_flags_is_answered_again() -> None:
         ]
         assert sorted(rows) == flagged
         assert 0 < len(rows) < len(bare)
-        assert {bare[i].steered[zone, budget] for i in rows} == {
-            (zone is Zone.RAISE, 0.25 * budget)
+        assert {bare[i].steered[zone, spending] for i in rows} == {
+            (zone is Zone.RAISE, 0.25 * spending.budget_nats)
         }
+
+
+def test_k_and_token_cap_are_chosen_with_the_budget_and_come_with_the_preset() -> None:
+    """Raising costs ordinary prompts their answer only where a whole budget goes at once."""
+    paces = (Pace(4, 0.25), Pace(16, 0.25), Pace(16, 1.0))
+    outcomes = world(160)
+    for i, o in enumerate(o for o in outcomes if o.group == "ordinary"):
+        if i < 8:
+            o.reading = GateReading(0.5, 0.15)  # raised by the setting with α 0.3
+    for o in outcomes:
+        harmful = o.group == "harmful"
+        for budget in (1.0, 4.0):
+            o.steered |= {
+                (Zone.RAISE, Spending(budget, Pace(4, 0.25))): (False, 0.25),
+                (Zone.RAISE, Spending(budget, Pace(16, 0.25))): (harmful, 0.5),
+                (Zone.RAISE, Spending(budget, Pace(16, 1.0))): (True, 1.0),
+            }
+        o.steered |= {
+            (Zone.LOWER, Spending(1.0, Pace(k, share))): (False, 0.5)
+            for k in (4, 16)
+            for share in (0.25, 1.0)
+        }
+    found = grid(LIMITS, RAISE_ABOVE, (0.1, 0.3), (1.0, 4.0), 1.0, paces)
+    assert len(found) == 3 * 2 * 2 * 3
+    points, presets, _ = compile_policies(outcomes, found, 0.02, 1.0, seed=0)
+    chosen = presets["chosen"]
+    assert (chosen.alpha, chosen.shadow_tokens, chosen.token_cap_nats) == (0.3, 16, 0.25)
+    assert chosen.as_policy("chosen") == {
+        "preset": "chosen",
+        "raise_budget_nats": 1.0,
+        "lower_budget_nats": 1.0,
+        "token_cap_nats": 0.25,
+        "shadow_tokens": 16,
+    }
+    assert Policy.model_validate(chosen.as_policy("chosen")).preset == "chosen"
+    mark = next(p for p in points if p.chosen)
+    assert (mark.shadow_tokens, mark.token_cap_nats) == (16, 0.25)
+
+
+def test_a_lowered_response_has_the_token_cap_of_the_policy_too() -> None:
+    setting = Setting(0.1, LIMITS, 4.0, 1.0, Pace(8, 0.125))
+    assert setting.token_cap_nats == 0.5
+    assert setting.spending(Zone.RAISE).policy.token_cap_nats == 0.5
+    assert setting.spending(Zone.LOWER).policy.token_cap_nats == 0.5
+    assert setting.spending(Zone.LOWER).policy.shadow_tokens == 8
