@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -38,6 +39,7 @@ from guard.errors import EndpointError, InputError, ModelMismatchError, PromptSe
 from guard.gate import GateReading
 from guard.policy import Policy
 from guard.session import GuardSession
+from guard.template import Chat, whole_chat_ids
 from serve.calibration_routes import calibration_router
 from serve.guarded_batch import left_pad
 from serve.server import bind_socket
@@ -75,9 +77,10 @@ class SubjectBackend:
         self.break_after: int | None = None
         self.connections: set[asyncio.Protocol] = set()
 
-    async def encode(self, texts: list[str]) -> list[list[int]]:
+    async def encode(self, chats: Sequence[Chat]) -> list[list[int] | None]:
         """Token ids of chats."""
-        return [self._subject.encode(text) for text in texts]
+        tokenizer = self._subject.tokenizer
+        return [whole_chat_ids(tokenizer, chat, TemplateError) for chat in chats]
 
     async def decode(self, tokens: list[list[int]]) -> list[str]:
         """Texts of responses."""
