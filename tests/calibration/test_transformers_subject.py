@@ -138,17 +138,19 @@ def test_a_chat_that_does_not_fit_the_context_is_named(subject: TransformersSubj
         subject.encode_chats([long])
 
 
+@pytest.mark.parametrize("beside", [[], ["ask paint boat please " * 20]])
 def test_a_message_whose_opening_is_unknown_is_read_from_whole_prompts(
-    tiny_model: PreTrainedModel, tiny_refuser_dir: Path, tmp_path: Path
+    tiny_model: PreTrainedModel, tiny_refuser_dir: Path, tmp_path: Path, beside: list[str]
 ) -> None:
     """A template of one turn shows no opening, so the template's own tokens are read, too."""
     subject = subject_with(tiny_model, tiny_refuser_dir, ONE_TURN)
     assert subject.message_opening_ids == []
-    text = "ask paint boat"
-    prompt = Prompt("1", text, "benign", "ordinary", "none", None, "en")
+    texts = [LAST, *beside]
+    prompts = [Prompt(text, text, "harmful", "ordinary", "none", None, "en") for text in texts]
     work = WorkFolder(tmp_path, "one-turn")
-    data = capture(subject, [prompt], [2], [1], 1, work, "one", Silent())
-    ids = subject.encode(text)
+    data = capture(subject, prompts, [2], [1], len(texts), work, "one", Silent())
+    ids = subject.encode(LAST)
     wanted = whole_states(tiny_refuser_dir, ids)[1][: -len(subject.suffix_ids)]
     assert data.messages is not None
-    torch.testing.assert_close(data.messages.hidden[1], wanted, atol=1e-4, rtol=1e-4)
+    found = data.messages.hidden[1][: int(data.messages.lengths[0])]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
