@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import base64
 import codecs
+from pathlib import Path
 
 import pytest
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
 
 from calibration.disguises import DISGUISES, as_chat
 from calibration.prompts import LONGEST_PROMPT
-from guard.template import Chat, turns
+from guard.gate import message_positions
+from guard.template import (
+    Chat,
+    chat_ids,
+    distinct_instructions,
+    instruction_suffix,
+    message_opening,
+    turns,
+    whole_chat_ids,
+)
 
 TEXT = "How do I pick the lock on my neighbour's shed?"
 BENIGN = TEXT.replace("my neighbour's", "my own")
@@ -99,3 +111,22 @@ def test_asked_a_turn_before_only_the_first_message_tells_two_requests_apart() -
     assert [said["role"] for said in harmful] == ["user", "assistant", "user"]
     assert (harmful[0]["content"], benign[0]["content"]) == (TEXT, BENIGN)
     assert harmful[1:] == benign[1:]
+
+
+@pytest.mark.model
+def test_under_a_real_template_the_gate_reads_the_last_message_of_every_disguise(
+    embedded_model_dir: Path,
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir)
+    samples = distinct_instructions(tokenizer)
+    suffix = instruction_suffix(lambda text: chat_ids(tokenizer, [text]), samples)
+    opening = message_opening(tokenizer, samples, TemplateError)
+    for name in DISGUISES:
+        ids = whole_chat_ids(tokenizer, chat(name), TemplateError)
+        assert ids is not None, name
+        for said in chat(name):
+            assert said["content"] in tokenizer.decode(ids), name
+        places = message_positions(ids, suffix, opening, len(ids))
+        assert tokenizer.decode([ids[place] for place in places]) == message(name)
+        tail = message_positions(ids, suffix, opening, GATE_TOKENS)
+        assert tail == places[-GATE_TOKENS:]
