@@ -44,6 +44,7 @@ from guard.errors import ArtifactError, InputError, NoAdmissibleCarrierError
 from guard.gate import Zone
 from guard.policy import Policy
 from guard.steering import Carrier
+from guard.template import turns
 from tests.tiny_refuser import (
     REFUSAL_TEXT,
     hard_benign_prompts,
@@ -466,6 +467,8 @@ def test_behind_an_answers_opening_refusals_are_learned_and_the_gate_reads_where
     subject = load_subject(config)
     eot, assistant = vocabulary().index("<eot>"), vocabulary().index("<assistant>")
     assert subject.encode("ask steal car")[-3:] == [eot, assistant, assistant]
+    (chat,) = subject.encode_chats([turns("ask paint car", "sure", "ask steal car")])
+    assert chat[-3:] == [eot, assistant, assistant]
     guard = calibrate(config).artifact
     mine, plain = guard.manifest.gate, done.artifact.manifest.gate
     assert mine.instruction_suffix_ids == plain.instruction_suffix_ids == [eot, assistant]
