@@ -96,6 +96,7 @@ def capture(
     work: WorkFolder,
     name: str,
     progress: Progress,
+    encoded: Sequence[list[int]] | None = None,
 ) -> Labelled:
     """Prefill prompts once and keep resid_pre.
 
@@ -110,12 +111,13 @@ def capture(
         work: where finished batches are kept.
         name: of this group of prompts in the work folder.
         progress: told of each finished prompt.
+        encoded: n chats to run in the place of the prompts' own texts.
 
     Returns:
         The prompts with hidden states in the model's type.
     """
     message_layers = message_layers if subject.message_width else ()
-    encoded = [subject.encode(p.text) for p in prompts]
+    encoded = [subject.encode(p.text) for p in prompts] if encoded is None else encoded
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     pieces: list[dict[str, Tensor]] = []
     for number, start in enumerate(range(0, len(order), batch_size)):

@@ -133,7 +133,7 @@ class CalibrationConfig(BaseModel):
         default=12,
         ge=0,
         description="Held-out prompts of each side on which the gate is tried in disguises, such as"
-        " base64; 0: none.",
+        " base64 or an earlier turn; 0: none.",
     )
     confirm_prompts: int = Field(
         default=24, ge=8, description="Prompts that confirm a carrier by generated responses."

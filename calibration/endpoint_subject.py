@@ -27,7 +27,9 @@ from guard.endpoint import (
     MODEL_HEADER,
     PATH,
     CaptureRequest,
+    ChatMessage,
     DecodeRequest,
+    EncodeReply,
     EncodeRequest,
     ModelFacts,
     RespondRequest,
@@ -46,6 +48,7 @@ from guard.errors import (
 from guard.session import GuardSession
 from guard.shadow import BaseStep
 from guard.step import guarded_logits, layers_wanted
+from guard.template import Chat, turns
 
 __all__ = ["EndpointSubject"]
 
@@ -136,6 +139,31 @@ class EndpointSubject:
         if text not in self._encoded:
             self._encode_all([text])
         return self._encoded[text]
+
+    def encode_chats(self, chats: Sequence[Chat]) -> list[list[int]]:
+        """Token ids of chats with a system prompt or earlier turns, template included.
+
+        Raises:
+            PromptSetError: one does not fit the server's context, or the chat template takes no
+                such chat.
+            EndpointError: the connection broke.
+        """
+        found: list[list[int]] = []
+        for part in _chunks(chats, MAX_TEXTS):
+            messages = [[ChatMessage.model_validate(message) for message in chat] for chat in part]
+            reply = self._post(EncodeReply, "/encode", EncodeRequest(chats=messages))
+            for chat, ids in zip(part, reply.tokens, strict=True):
+                if ids is None:
+                    raise PromptSetError("the chat template takes no such chat")
+                text = chat[-1]["content"]
+                if len(ids) + _RESPONSE_TOKENS > self._facts.max_tokens:
+                    raise PromptSetError(
+                        f"prompt {text[:40]!r}…: {len(ids)} tokens do not fit the server's"
+                        f" {self._facts.max_tokens} with {_RESPONSE_TOKENS} to answer; shorten it,"
+                        " or start the server with a larger --max-model-len"
+                    )
+                found.append(ids)
+        return found
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a response, without special tokens."""
@@ -290,16 +318,9 @@ class EndpointSubject:
         )
 
     def _encode_all(self, texts: Sequence[str]) -> None:
-        for part in _chunks(list(dict.fromkeys(texts)), MAX_TEXTS):
-            reply = self._post(TokensReply, "/encode", EncodeRequest(texts=part))
-            for text, ids in zip(part, reply.tokens, strict=True):
-                if len(ids) + _RESPONSE_TOKENS > self._facts.max_tokens:
-                    raise PromptSetError(
-                        f"prompt {text[:40]!r}…: {len(ids)} tokens do not fit the server's"
-                        f" {self._facts.max_tokens} with {_RESPONSE_TOKENS} to answer; shorten it,"
-                        " or start the server with a larger --max-model-len"
-                    )
-                self._encoded[text] = ids
+        unique = list(dict.fromkeys(texts))
+        encoded = self.encode_chats([turns(text) for text in unique])
+        self._encoded |= dict(zip(unique, encoded, strict=True))
 
     def _decode_all(self, responses: Sequence[list[int]]) -> list[str]:
         unknown = [ids for ids in responses if tuple(ids) not in self._texts]

@@ -31,7 +31,7 @@ from calibration.causal import (
 from calibration.choose import SIGNS, Choice, Draft, choose, make_bench, refined, sweep
 from calibration.config import CalibrationConfig
 from calibration.directions import Candidate, category_subspaces, difference_in_means
-from calibration.disguises import BLIND_BELOW, DISGUISES
+from calibration.disguises import BLIND_BELOW, DISGUISES, as_chat
 from calibration.evaluate import Answered, answer_pairs, compare
 from calibration.frontier import FrontierPoint
 from calibration.gate_fit import (
@@ -68,7 +68,7 @@ from guard.artifact import (
     load_artifact,
     save_artifact,
 )
-from guard.errors import InputError, NoAdmissibleCarrierError
+from guard.errors import InputError, NoAdmissibleCarrierError, PromptSetError
 from guard.gate import Zone, conformal_upper
 from guard.refusal import Verdict, judge
 
@@ -284,7 +284,7 @@ def calibrate_subject(
     probe = fit_probe(train, validation, middle, window, config.seed, device)
     held, unseen = (Scored(data.prompts, probe.scores(data)) for data in (calibration, test))
     del train, validation, calibration, test  # gigabytes, and they have been read
-    blind = _disguised(subject, probe, splits, config, work, progress)
+    blind, unseen_through = _disguised(subject, probe, splits, config, work, progress)
     if probe.message_layer is None:
         notes.append(
             "the gate reads the template's tokens alone, as was asked for: it tells harm from what"
@@ -297,16 +297,7 @@ def calibrate_subject(
         n = int(held.mask("benign", stratum).sum())
         for what, most, target in risks(config) if n else ():
             check_feasible(n, most, target, f"{what} of {stratum} benign prompts")
-    unseen_through = [
-        f"{name.removeprefix('auroc_disguised_').replace('_', ' ')} ({area.value:.2f})"
-        for name, area in blind.items()
-        if area.value < BLIND_BELOW
-    ]
-    if unseen_through:
-        notes.append(
-            "the gate is blind, or nearly so, to harm in these disguises (AUROC of harmful over"
-            f" hard benign, n = {next(iter(blind.values())).n}): {', '.join(unseen_through)}"
-        )
+    notes += unseen_through
     clock.lap("gate")
 
     # Which directions modulate refusal, at equal KL on safe prompts?
@@ -543,25 +534,43 @@ def _disguised(
     config: CalibrationConfig,
     work: WorkFolder,
     progress: Progress,
-) -> dict[str, Interval]:
-    """AUROC of harmful over hard benign held-out prompts in each disguise."""
+) -> tuple[dict[str, Interval], list[str]]:
+    """AUROC of harmful over hard benign held-out prompts in each disguise, and notes on them."""
     plain = [
         *spread(splits.test, "harmful", None, config.disguised_prompts),
         *spread(splits.test, "benign", "hard", config.disguised_prompts),
     ]
     if len({prompt.label for prompt in plain}) < 2:
-        return {}
-    progress.stage("try disguises", len(plain) * len(DISGUISES))
-    of_message = () if probe.message_layer is None else (probe.message_layer,)
-    found = {}
+        return {}, []
+    encoded: dict[str, list[list[int]]] = {}
+    left_out = []
     for name, disguise in DISGUISES.items():
-        group = [replace(prompt, text=disguise(prompt.text)) for prompt in plain]
+        try:
+            encoded[name] = subject.encode_chats([as_chat(disguise(p.text)) for p in plain])
+        except PromptSetError as why:
+            left_out.append(f"{name.replace('_', ' ')} ({why})")
+    progress.stage("try disguises", len(plain) * len(encoded))
+    of_message = () if probe.message_layer is None else (probe.message_layer,)
+    found, blind = {}, []
+    for name, chats in encoded.items():
         layers = [probe.template_layer]
-        data = capture(subject, group, layers, of_message, config.batch_size, work, name, progress)
+        data = capture(
+            subject, plain, layers, of_message, config.batch_size, work, name, progress, chats
+        )
         scores, harmful = probe.scores(data), data.harmful
         area = auroc(scores[harmful], scores[~harmful], config.seed)
         found[f"auroc_disguised_{name}"] = area
-    return found
+        if area.value < BLIND_BELOW:
+            blind.append(f"{name.replace('_', ' ')} ({area.value:.2f})")
+    notes = []
+    if blind:
+        notes.append(
+            "the gate is blind, or nearly so, to harm in these disguises (AUROC of harmful over"
+            f" hard benign, n = {next(iter(found.values())).n}): {', '.join(blind)}"
+        )
+    if left_out:
+        notes.append(f"the gate was not tried in these disguises: {'; '.join(left_out)}")
+    return found, notes
 
 
 def _policies(

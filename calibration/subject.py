@@ -10,6 +10,7 @@ from torch import Tensor
 from guard.artifact import ModelIdentity
 from guard.session import GuardSession
 from guard.shadow import BaseStep
+from guard.template import Chat
 
 __all__ = ["GradientSubject", "Subject"]
 
@@ -42,6 +43,14 @@ class Subject(Protocol):
 
         Raises:
             PromptSetError: the prompt does not fit the model's context.
+        """
+
+    def encode_chats(self, chats: Sequence[Chat]) -> list[list[int]]:
+        """Token ids of chats with a system prompt or earlier turns, template included.
+
+        Raises:
+            PromptSetError: one does not fit the model's context, or the chat template takes no such
+                chat.
         """
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -19,12 +19,14 @@ from guard.session import GuardSession
 from guard.shadow import BaseStep, ShadowModel
 from guard.step import guarded_logits, layers_wanted
 from guard.template import (
+    Chat,
     chat_ids,
     check_template,
     common_start,
     distinct_instructions,
     instruction_suffix,
     message_opening,
+    whole_chat_ids,
 )
 
 __all__ = ["TransformersSubject", "load_subject"]
@@ -100,8 +102,8 @@ class TransformersSubject:
         self._suffix_ids = instruction_suffix(self._template, self._samples) + self._opening_ids
         eos = model.generation_config.eos_token_id
         self._eos = set(eos) if isinstance(eos, list) else {eos}
-        self._prefix, self._prefix_cache = self._shared_prefix()
         self._message_opening_ids = message_opening(self._tokenizer, self._samples, TemplateError)
+        self._prefix, self._prefix_cache = self._shared_prefix()
 
     @property
     def identity(self) -> ModelIdentity:
@@ -144,7 +146,26 @@ class TransformersSubject:
         Raises:
             PromptSetError: the prompt does not fit the model's context.
         """
-        ids = self._template(text) + self._opening_ids
+        return self._fitting(self._template(text), text)
+
+    def encode_chats(self, chats: Sequence[Chat]) -> list[list[int]]:
+        """Token ids of chats with a system prompt or earlier turns, template included.
+
+        Raises:
+            PromptSetError: one does not fit the model's context, or the chat template takes no such
+                chat.
+        """
+        found = []
+        for chat in chats:
+            ids = whole_chat_ids(self._tokenizer, chat, TemplateError)
+            if ids is None:
+                raise PromptSetError("the chat template takes no such chat")
+            found.append(self._fitting(ids, chat[-1]["content"]))
+        return found
+
+    def _fitting(self, ids: list[int], text: str) -> list[int]:
+        """A templated prompt with the answer's opening, if it fits the context."""
+        ids = ids + self._opening_ids
         limit = getattr(self._config, "max_position_embeddings", None)
         if limit is not None and len(ids) + 64 > limit:
             raise PromptSetError(
@@ -267,10 +288,14 @@ class TransformersSubject:
         """What the template puts before every instruction, and its KV cache.
 
         Nothing for a model with sliding windows: a window counts the padding that stands between
-        the prefix and a short prompt, and would no longer reach as far back as it should.
+        the prefix and a short prompt, and would no longer reach as far back as it should. Nothing
+        where no opening marks the messages, either: the gate then reads the template's first tokens
+        as part of a short one, so their hidden states are needed.
         """
         cache = DynamicCache(config=self._config)
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+            return [], cache
+        if not self._message_opening_ids:
             return [], cache
         prefix = common_start([self._template(text) for text in self._samples])
         if prefix:

@@ -1,7 +1,7 @@
 """What a calibration and the server of its model say to each other: one type for both ends.
 
     GET  /trimtab/calibration/model                          → Subject facts
-    POST /trimtab/calibration/encode    EncodeRequest        → TokensReply
+    POST /trimtab/calibration/encode    EncodeRequest        → EncodeReply
     POST /trimtab/calibration/decode    DecodeRequest        → TextsReply
     POST /trimtab/calibration/respond   RespondRequest       → TokensReply
     POST /trimtab/calibration/capture   CaptureRequest       → tensors "logits", "layers.N"
@@ -17,7 +17,7 @@ Faults are answered with {"error": text}.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
@@ -35,7 +35,9 @@ __all__ = [
     "MODEL_HEADER",
     "PATH",
     "CaptureRequest",
+    "ChatMessage",
     "DecodeRequest",
+    "EncodeReply",
     "EncodeRequest",
     "ModelFacts",
     "RespondRequest",
@@ -76,10 +78,23 @@ class ModelFacts(_Message):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
-class EncodeRequest(_Message):
-    """User messages to put into the chat template."""
+class ChatMessage(_Message):
+    """One message of a chat."""
 
-    texts: list[str] = Field(max_length=MAX_TEXTS)
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class EncodeRequest(_Message):
+    """Chats to put into the chat template, each ending with the user's last message."""
+
+    chats: list[Annotated[list[ChatMessage], Field(min_length=1)]] = Field(max_length=MAX_TEXTS)
+
+
+class EncodeReply(_Message):
+    """One list of token ids for each chat; null: the chat template takes no such chat."""
+
+    tokens: list[list[int] | None]
 
 
 class DecodeRequest(_Message):
@@ -89,7 +104,7 @@ class DecodeRequest(_Message):
 
 
 class TokensReply(_Message):
-    """One list of token ids for each text or prompt."""
+    """One list of token ids for each prompt."""
 
     tokens: list[list[int]]
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from guard.errors import UnsupportedModelError
 
 __all__ = [
+    "Chat",
     "chat_ids",
     "check_template",
     "common_start",
     "distinct_instructions",
     "instruction_suffix",
     "message_opening",
+    "turns",
+    "whole_chat_ids",
 ]
+
+Chat: TypeAlias = Sequence[Mapping[str, str]]
+"""Messages, each with its `role` and its `content`; the last is the user's."""
 
 
 def check_template(tokenizer: Any, model_id: str) -> None:
@@ -38,11 +44,37 @@ def chat_ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
         tokenizer: with a chat template.
         texts: the messages, the user's and the assistant's in turn.
     """
+    return _ids(tokenizer, turns(*texts))
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """Messages with these texts, the user's and the assistant's in turn."""
     roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def whole_chat_ids(tokenizer: Any, chat: Chat, refusal: type[Exception]) -> list[int] | None:
+    """Token ids of a chat, generation prompt included, if the model gets to read all of it.
+
+    Args:
+        tokenizer: with a chat template.
+        chat: system prompt, if any, and turns.
+        refusal: what a template raises that takes no such chat: jinja2's `TemplateError`.
+
+    Returns:
+        None where the template raises (Gemma 2 has no system role), or leaves out all that stands
+        before the last message, which some do without a word.
+    """
+    try:
+        ids = _ids(tokenizer, chat)
+    except refusal:
+        return None
+    return None if len(chat) > 1 and ids == _ids(tokenizer, chat[-1:]) else ids
+
+
+def _ids(tokenizer: Any, chat: Chat) -> list[int]:
     ids: list[int] = tokenizer.apply_chat_template(
-        [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)],
-        add_generation_prompt=True,
-        return_dict=False,
+        [dict(message) for message in chat], add_generation_prompt=True, return_dict=False
     )
     return list(ids)
 

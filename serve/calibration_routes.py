@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
 from fastapi import APIRouter, Request
@@ -22,6 +22,7 @@ from guard.endpoint import (
     PATH,
     CaptureRequest,
     DecodeRequest,
+    EncodeReply,
     EncodeRequest,
     ModelFacts,
     RespondRequest,
@@ -32,6 +33,7 @@ from guard.endpoint import (
     unpack,
 )
 from guard.errors import GuardError, InputError, RequestError
+from guard.template import Chat
 
 __all__ = ["Backend", "calibration_router"]
 
@@ -45,8 +47,8 @@ class Backend(Protocol):
     def facts(self) -> ModelFacts:
         """The model that is served now."""
 
-    async def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of single-turn chats with these user messages, template included."""
+    async def encode(self, chats: Sequence[Chat]) -> list[list[int] | None]:
+        """Token ids of chats, template included; None: the template takes no such chat."""
 
     async def decode(self, tokens: list[list[int]]) -> list[str]:
         """Texts of responses."""
@@ -123,7 +125,8 @@ def calibration_router(key: str, backend_of: Callable[[Request], Backend]) -> AP
     async def encode(request: Request) -> Response:
         async def work(backend: Backend, body: bytes) -> Response:
             wanted = EncodeRequest.model_validate_json(body)
-            return _json(TokensReply(tokens=await backend.encode(wanted.texts)))
+            chats = [[message.model_dump() for message in chat] for chat in wanted.chats]
+            return _json(EncodeReply(tokens=await backend.encode(chats)))
 
         return await answer(request, work)
 

@@ -19,17 +19,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import Request
+from jinja2 import TemplateError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from guard.endpoint import CaptureRequest, ModelFacts, RespondRequest, ShadowRequest, pack
 from guard.errors import EndpointError, NotArmedError, UnsupportedModelError
 from guard.template import (
+    Chat,
     chat_ids,
     check_template,
     distinct_instructions,
     instruction_suffix,
     message_opening,
+    whole_chat_ids,
 )
 from serve.calibration_routes import calibration_router
 from serve.vllm_desk import WorkerDesk, job_of, request_name
@@ -74,10 +77,10 @@ class VllmBackend:
         named = job_of(request_id)
         return named is not None and named[0] in self._jobs
 
-    async def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of single-turn chats."""
+    async def encode(self, chats: Sequence[Chat]) -> list[list[int] | None]:
+        """Token ids of chats; None: the template takes no such chat."""
         return await asyncio.to_thread(
-            lambda: [chat_ids(self._tokenizer, [text]) for text in texts]
+            lambda: [whole_chat_ids(self._tokenizer, chat, TemplateError) for chat in chats]
         )
 
     async def decode(self, tokens: list[list[int]]) -> list[str]:
@@ -159,7 +162,6 @@ def _model_facts(config: Any) -> tuple[ModelFacts, Any]:
     Raises:
         UnsupportedModelError: it cannot be read, or has no chat template.
     """
-    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     identity = checkpoint_identity(config)

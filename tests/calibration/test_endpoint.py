@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -26,6 +27,7 @@ from calibration.transformers_subject import TransformersSubject, load_subject
 from cli.main import main
 from guard.artifact import CarrierArtifact, load_artifact
 from guard.endpoint import (
+    MAX_TEXTS,
     MODEL_HEADER,
     PATH,
     CaptureRequest,
@@ -38,6 +40,7 @@ from guard.errors import EndpointError, InputError, ModelMismatchError, PromptSe
 from guard.gate import GateReading
 from guard.policy import Policy
 from guard.session import GuardSession
+from guard.template import Chat, turns, whole_chat_ids
 from serve.calibration_routes import calibration_router
 from serve.guarded_batch import left_pad
 from serve.server import bind_socket
@@ -75,9 +78,10 @@ class SubjectBackend:
         self.break_after: int | None = None
         self.connections: set[asyncio.Protocol] = set()
 
-    async def encode(self, texts: list[str]) -> list[list[int]]:
+    async def encode(self, chats: Sequence[Chat]) -> list[list[int] | None]:
         """Token ids of chats."""
-        return [self._subject.encode(text) for text in texts]
+        tokenizer = self._subject.tokenizer
+        return [whole_chat_ids(tokenizer, chat, TemplateError) for chat in chats]
 
     async def decode(self, tokens: list[list[int]]) -> list[str]:
         """Texts of responses."""
@@ -205,6 +209,8 @@ def test_a_calibration_over_http_finds_the_same_guard(
     assert other.manifest.gate.layer == mine.manifest.gate.layer
     assert other.thresholds.raise_above == pytest.approx(mine.thresholds.raise_above, abs=1e-3)
     assert torch.equal(other.refusal_token_ids, mine.refusal_token_ids)
+    assert other.manifest.gate.measurements.keys() == mine.manifest.gate.measurements.keys()
+    assert "auroc_disguised_second_turn" in other.manifest.gate.measurements
     assert not there.work_folder.exists()
 
 
@@ -231,6 +237,43 @@ def test_hidden_states_logits_and_shadow_passes_are_those_of_the_model(
         atol=1e-3,
         rtol=1e-4,
     )
+
+
+def test_chats_are_encoded_and_read_as_in_process(subject: TransformersSubject, url: str) -> None:
+    """More of them than go into one request; other system prompts and earlier turns among them."""
+    remote = EndpointSubject(url, KEY)
+    chats = [
+        chat
+        for text in hard_harmful_prompts()
+        for chat in (
+            turns(text),
+            turns("ask paint boat", "sure", text),
+            [{"role": "system", "content": "please measure"}, *turns(text)],
+        )
+    ]
+    assert len(chats) > MAX_TEXTS
+    prompts = subject.encode_chats(chats)
+    assert remote.encode_chats(chats) == prompts
+    some, n_last = prompts[:6], 3 + len(subject.suffix_ids)
+    own, far = subject.states(some, [1, 2], n_last), remote.states(some, [1, 2], n_last)
+    for layer in (1, 2):
+        wanted = own[layer][:, -n_last:]
+        torch.testing.assert_close(far[layer][:, -n_last:], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_chat_that_the_servers_template_does_not_take_is_refused_and_breaks_nothing(
+    subject: TransformersSubject, url: str
+) -> None:
+    remote = EndpointSubject(url, KEY)
+    chats = [turns("ask steal car"), [{"role": "system", "content": "please"}, *turns("ask")]]
+    plain = subject.tokenizer.chat_template
+    try:
+        subject.tokenizer.chat_template = plain.replace("in ('user', 'system')", "== 'user'")
+        with pytest.raises(PromptSetError, match="the chat template takes no such chat"):
+            remote.encode_chats(chats)
+        assert remote.encode_chats(chats[:1]) == [subject.encode("ask steal car")]
+    finally:
+        subject.tokenizer.chat_template = plain
 
 
 def test_states_of_whole_messages_come_for_prompts_of_any_length(
@@ -368,6 +411,8 @@ def test_requests_that_make_no_sense_are_answered_with_400_and_a_reason(
     rows = ShadowRequest(prompts=[[1, 2]], layer=1, rows=[0, 0])
     wide = {"null": torch.zeros(1, 3), "steered": torch.zeros(2, 3)}
     cases: list[tuple[str, bytes, str]] = [
+        ("encode", b'{"chats": [[]]}', "at least 1"),
+        ("encode", b'{"chats": [[{"role": "tool", "content": "x"}]]}', "role"),
         ("capture", b'{"prompts": [[1, 2]], "layers": [9], "n_last": 1}', "no layer 9"),
         ("capture", b'{"prompts": [[1, 2]], "layers": [1], "n_last": 3}', "shorter than the 3"),
         ("capture", b'{"prompts": [[1, 9999]], "layers": [], "n_last": 1}', "no token 9999"),

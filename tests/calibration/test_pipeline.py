@@ -28,13 +28,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from calibration.capture import WorkFolder, capture
 from calibration.causal import Sign
 from calibration.config import CalibrationConfig
+from calibration.disguises import DISGUISES, as_chat
 from calibration.evaluate import answer_pairs, compare
 from calibration.frontier import FrontierPoint
 from calibration.html_report import html_page, worth_reading
 from calibration.pipeline import CalibrationResult, calibrate, calibrate_subject, gather_prompts
 from calibration.progress import Progress, Silent
-from calibration.prompts import datasets_sha256, split_prompts
+from calibration.prompts import datasets_sha256, split_prompts, spread
 from calibration.report import write_report
+from calibration.statistics import auroc
 from calibration.transformers_subject import TransformersSubject, load_subject
 from cli.main import main
 from guard.artifact import CarrierArtifact, Interval, load_artifact, save_artifact
@@ -42,6 +44,7 @@ from guard.errors import ArtifactError, InputError, NoAdmissibleCarrierError
 from guard.gate import Zone
 from guard.policy import Policy
 from guard.steering import Carrier
+from guard.template import turns
 from tests.tiny_refuser import (
     REFUSAL_TEXT,
     hard_benign_prompts,
@@ -329,6 +332,54 @@ def test_reported_rates_are_those_of_the_test_split(
     assert len(set(manifest.datasets.values())) == 4
 
 
+def test_the_gate_is_tried_in_every_disguise_that_fits_and_the_report_names_the_others(
+    done: Done, subject: TransformersSubject, tmp_path: Path
+) -> None:
+    """300 words and more do not fit the 256 tokens of the tiny model."""
+    test = split_prompts(gather_prompts(done.config), done.config.seed).test
+    n = done.config.disguised_prompts
+    plain = [*spread(test, "harmful", None, n), *spread(test, "benign", "hard", n)]
+    found = done.artifact.manifest.gate.measurements
+    tried = {name.removeprefix("auroc_disguised_") for name in found if "disguised" in name}
+    assert set(DISGUISES) - tried == {"inside_a_long_document"}
+    for name in ("upper_case", "permissive_system_prompt", "second_turn", "asked_a_turn_before"):
+        chats = subject.encode_chats([as_chat(DISGUISES[name](p.text)) for p in plain])
+        work = WorkFolder(tmp_path / "work", name)
+        data = capture(subject, plain, range(4), range(4), 32, work, name, Silent(), chats)
+        scores = done.result.probe.scores(data)
+        area = auroc(scores[data.harmful], scores[~data.harmful], done.config.seed)
+        assert found[f"auroc_disguised_{name}"] == area
+    page = (done.report / "report.md").read_text()
+    assert "| auroc disguised second turn |" in page
+    assert re.search(
+        r"not tried in these disguises: inside a long document \(.* do not fit the model's 256\)",
+        page,
+    )
+
+
+def test_a_model_without_a_system_role_is_calibrated_without_the_system_prompts(
+    tiny_refuser_dir: Path, files: PromptFiles, tmp_path: Path
+) -> None:
+    other = tmp_path / "model"
+    shutil.copytree(tiny_refuser_dir, other)
+    template = (other / "chat_template.jinja").read_text()
+    assert template.count("in ('user', 'system')") == 1
+    (other / "chat_template.jinja").write_text(
+        template.replace("in ('user', 'system')", "== 'user'")
+    )
+    report = tmp_path / "report"
+    artifact = calibrate(
+        files.config(other, tmp_path / "guard", report_dir=report, policy_prompts=0, refine_steps=0)
+    ).artifact
+    found = artifact.manifest.gate.measurements
+    assert "auroc_disguised_second_turn" in found
+    for name in ("operator", "permissive"):
+        assert f"auroc_disguised_{name}_system_prompt" not in found
+        said = f"{name} system prompt (the chat template takes no such chat)"
+        assert said in (report / "report.md").read_text()
+        assert said in (report / "report.html").read_text()
+
+
 def test_a_thorough_calibration_follows_safe_prompts_over_whole_openings(
     tiny_refuser_dir: Path, files: PromptFiles, tmp_path: Path
 ) -> None:
@@ -416,6 +467,8 @@ def test_behind_an_answers_opening_refusals_are_learned_and_the_gate_reads_where
     subject = load_subject(config)
     eot, assistant = vocabulary().index("<eot>"), vocabulary().index("<assistant>")
     assert subject.encode("ask steal car")[-3:] == [eot, assistant, assistant]
+    (chat,) = subject.encode_chats([turns("ask paint car", "sure", "ask steal car")])
+    assert chat[-3:] == [eot, assistant, assistant]
     guard = calibrate(config).artifact
     mine, plain = guard.manifest.gate, done.artifact.manifest.gate
     assert mine.instruction_suffix_ids == plain.instruction_suffix_ids == [eot, assistant]

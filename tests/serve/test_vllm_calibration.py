@@ -29,6 +29,7 @@ from guard.errors import InputError
 from guard.gate import GateReading
 from guard.policy import Policy
 from guard.session import GuardSession
+from guard.template import turns
 from tests.serve.test_vllm_server import NAMED, metric, running, wait_for
 from tests.serve.vllm_setup import vllm_env
 from tests.tiny_refuser import (
@@ -144,6 +145,12 @@ def assert_same_model(url: str, key: str, subject: TransformersSubject) -> None:
     assert remote.suffix_ids == subject.suffix_ids
     encoded = [subject.encode(text) for text in texts]
     assert [remote.encode(text) for text in texts] == encoded
+    chats = [
+        [{"role": "system", "content": "please measure"}, *turns(texts[0])],
+        turns(texts[1], "sure", texts[2]),
+    ]
+    encoded += subject.encode_chats(chats)
+    assert remote.encode_chats(chats) == encoded[len(texts) :]
 
     layers, kept = range(subject.identity.n_layers), len(subject.suffix_ids) + 1
     own, far = subject.prefill(encoded, layers), remote.prefill(encoded, layers)
@@ -152,7 +159,7 @@ def assert_same_model(url: str, key: str, subject: TransformersSubject) -> None:
         wanted = own.resid_pre[layer][:, -kept:]
         torch.testing.assert_close(far.resid_pre[layer], wanted, atol=1e-3, rtol=1e-4)
 
-    rows = [*range(len(texts)), 0, 0, 3, *reversed(range(len(texts)))]
+    rows = [*range(len(encoded)), 0, 0, 3, *reversed(range(len(encoded)))]
     for layer in layers:
         noise = torch.randn(len(rows), subject.identity.d_model, generator=torch.manual_seed(layer))
         steered = own.last_hidden(layer)[rows] + noise
