@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,25 @@ def _load(guard: str | None, policy_file: str | None) -> Armament | None:
     if not guard:
         raise InputError(f"TRIMTAB_POLICY is set, so TRIMTAB_GUARD is needed in mode {policy.mode}")
     check_policy(policy)
-    return Armament(load_artifact(Path(guard)).with_preset(policy.preset), policy)
+    with _one_thread():
+        return Armament(load_artifact(Path(guard)).with_preset(policy.preset), policy)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let PyTorch start no threads before vLLM forks: a child would wait for them for ever.
+
+    PyTorch keeps them in GNU OpenMP's pool, which a fork copies without its threads. Tensors of
+    some 30,000 numbers are enough to start it, such as the probe of a 7B model.
+    """
+    import torch
+
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
 
 
 def _install(armament: Armament | None, key: str | None) -> None:
@@ -168,7 +187,8 @@ def _check_start(armament: Armament, config: Any) -> None:
             f"the front end started with {salt or 'no guard'}, this engine with {armament.salt}:"
             " was the guard file replaced, or does TRIMTAB_GUARD differ between processes?"
         )
-    armament.artifact.check_model(checkpoint_identity(config.model_config))
+    with _one_thread():
+        armament.artifact.check_model(checkpoint_identity(config.model_config))
 
 
 def _patch_worker(armament: Armament, *, calibrated: bool) -> None:
