@@ -54,6 +54,11 @@ POLICY = {
 EVERY = {"trimtab_policy": "every"}
 HOTWIRE = {"hotwire": json.dumps({"id": "carrier", "layer": 19, "scale": 1.0})}
 MODES = ("stock", "guard", "stock_eager", "hotwire")
+REHEARSED_BY = {  # cases that warm nothing up that another has not
+    "flagged_1", "flagged_8", "flagged_128", "flagged_256_share_0.1", "flagged_256_share_0.5",
+    "flagged_32_k64", "flagged_32_every", "staggered_10pct", "staggered_uncertain",
+    "staggered_waiting", "first_token_uncertain", "whole_1", "whole_8", "whole_128",
+}  # fmt: skip
 
 Case = tuple[str, dict[str, Any], int]
 """Method of `Engine`, its arguments, and in how many rounds it is taken."""
@@ -65,7 +70,7 @@ def cases(mode: str) -> dict[str, Case]:
     for batch, rounds in ((1, 5), (32, 5), (256, 9)):
         found[f"decode_{batch}"] = ("per_token", {"batch": batch}, rounds)
     if mode == "stock_eager":
-        return found
+        return {name: (method, arguments, 3) for name, (method, arguments, _) in found.items()}
     if mode == "hotwire":
         for batch, rounds in ((1, 5), (32, 5), (256, 9)):
             steered = {"batch": batch, "extra": HOTWIRE}
@@ -78,8 +83,8 @@ def cases(mode: str) -> dict[str, Case]:
     if mode == "guard":
         found["staggered_2pct"] = ("staggered", {"every": 50}, 7)
         found["staggered_10pct"] = ("staggered", {"every": 10}, 3)
-        found["staggered_uncertain"] = ("staggered", {"every": 0, "kind": UNCERTAIN}, 5)
-        found["staggered_waiting"] = ("staggered", {"every": 0, "tentative": 0}, 5)
+        found["staggered_uncertain"] = ("staggered", {"every": 0, "kind": UNCERTAIN}, 3)
+        found["staggered_waiting"] = ("staggered", {"every": 0, "tentative": 0}, 3)
         found["first_token_uncertain"] = ("first_token", {"kind": UNCERTAIN}, 5)
         for batch, rounds in ((1, 3), (8, 3), (32, 5), (128, 3), (256, 5)):
             found[f"flagged_{batch}"] = ("whole", {"batch": batch, "share": 1.0}, rounds)
@@ -105,6 +110,7 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", default=["stock", "guard"], choices=MODES)
     parser.add_argument("--rounds", type=int, default=9, help="at most")
     parser.add_argument("--only", nargs="+", help="these cases")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="begin no round after them")
     parser.add_argument("--profile", action="store_true", help="sum up kernels by name at the end")
     parser.add_argument("--make", action="store_true", help="only make model and guard")
     parser.add_argument("--engine", choices=MODES, help="be one mode's engine")
@@ -117,26 +123,33 @@ def main() -> int:
         in_fork(lambda: make(args.shape, args.tokenizer, args.work))
     if args.make:
         return 0
+    began = time.perf_counter()
     engines: dict[str, Remote] = {}
     found: dict[str, Any] = {}
-    for mode in args.modes:  # one by one: a compiler that chooses kernels times them on the card
+    wanted = {
+        mode: {k: c for k, c in cases(mode).items() if not args.only or k in args.only}
+        for mode in args.modes
+    }
+    order = dict.fromkeys(name for mode in args.modes for name in wanted[mode])
+
+    def start(mode: str) -> None:
         engine = Remote(mode, args.work)
         try:
             found[mode] = {"start": engine.read(), "samples_ms": {}}
             engines[mode] = engine
         except EOFError as error:
             print(error, flush=True)
+
+    for mode in args.modes:  # one by one: a compiler that chooses kernels times them on the card
+        start(mode)
     print("started:", *engines, flush=True)
-    wanted = {
-        mode: {k: c for k, c in cases(mode).items() if not args.only or k in args.only}
-        for mode in engines
-    }
-    order = dict.fromkeys(name for mode in engines for name in wanted[mode])
     for turn in range(-1, args.rounds):  # the first is a rehearsal
+        if time.perf_counter() - began > args.seconds:
+            break
         for name in order:
             for mode in [*engines][:: 1 if turn % 2 else -1]:
                 method, arguments, rounds = wanted[mode].get(name, ("", {}, -1))
-                if turn < rounds:
+                if turn < min(rounds, args.rounds) and not (turn < 0 and name in REHEARSED_BY):
                     sample = engines[mode].ask(method, arguments)
                     if turn >= 0:
                         found[mode]["samples_ms"].setdefault(name, []).append(sample)
@@ -146,7 +159,7 @@ def main() -> int:
         print(f"round {turn}", json.dumps(compare(found)["ratios"]), flush=True)
     for mode, engine in engines.items():
         kernels = found[mode]["kernels"] = {}
-        for batch in (1, 32, 256) if args.profile else ():
+        for batch in (1, 256) if args.profile and mode in ("stock", "guard") else ():
             kernels[f"decode_{batch}"] = engine.ask("kernels", {"batch": batch})
             if mode == "guard":
                 steered = {"batch": batch, "kind": HARMFUL, "extra": EVERY}
@@ -154,6 +167,7 @@ def main() -> int:
         if "staggered" in wanted[mode]:
             shares = (0, 50) if mode == "guard" else (0,)
             found[mode]["steps"] = {str(n): engine.ask("steps", {"every": n}) for n in shares}
+        args.out.write_text(json.dumps(compare(found), indent=1) + "\n")
         engine.stop()
     args.out.write_text(json.dumps(compare(found), indent=1) + "\n")
     return 0
