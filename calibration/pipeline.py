@@ -87,6 +87,8 @@ _MESSAGE_DEPTHS = (1 / 3, 5 / 12)
 """Shares of the layers below which whole messages are captured: 8 and 10 of 24."""
 _MOST_LONGER = 0.25
 """Share of the training prompts, at most, of which the gate sees a longer copy."""
+_LONGER_COUNTS = 2.0
+"""As how many prompts a copy counts in training: at 1 few long requests pass the threshold."""
 _ALPHAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 _REFUSAL_ABOVE = (0.1, 0.2, 0.3)
 
@@ -288,7 +290,9 @@ def calibrate_subject(
     progress.stage("fit gate", None)
     window = template_window(len(subject.suffix_ids) - subject.n_opening)
     device = config.device if config.endpoint is None else "cpu"
-    probe = fit_probe(train, validation, middle, window, config.seed, device)
+    counts = torch.ones(len(train.prompts))
+    counts[len(splits.train) :] = _LONGER_COUNTS
+    probe = fit_probe(train, validation, middle, window, config.seed, device, counts)
     held, unseen = (Scored(data.prompts, probe.scores(data)) for data in (calibration, test))
     del train, validation, calibration, test  # gigabytes, and they have been read
     blind = _disguised(subject, probe, splits, config, work, progress)

@@ -21,7 +21,7 @@ def train() -> tuple[Prompt, ...]:
 
 
 def test_a_request_stands_whole_before_behind_or_between_passages() -> None:
-    draw = random.Random(0)
+    draw = random.Random(0)  # noqa: S311 - no secret
     texts = [surrounded(TEXT, draw) for _ in range(200)]
     before = [not text.startswith(TEXT) for text in texts]
     behind = [not text.endswith(TEXT) for text in texts]
