@@ -87,8 +87,8 @@ _MESSAGE_DEPTHS = (1 / 3, 5 / 12)
 """Shares of the layers below which whole messages are captured: 8 and 10 of 24."""
 _MOST_LONGER = 0.25
 """Share of the training prompts, at most, of which the gate sees a longer copy."""
-_LONGER_COUNTS = 4.0
-"""As how many prompts a copy counts in training: at 1 few long requests pass the threshold."""
+_LONGER_COUNTS = 2.0
+"""As how many prompts a copy counts in training: more cost AUROC on short ones (docs/LOG.md)."""
 _ALPHAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 _REFUSAL_ABOVE = (0.1, 0.2, 0.3)
 
