@@ -31,4 +31,4 @@ def test_the_encodings_decode_to_what_was_asked() -> None:
 def test_what_frames_a_request_leaves_it_whole() -> None:
     assert DISGUISES["role_play"](TEXT).endswith(TEXT)
     assert DISGUISES["followed_by_small_talk"](TEXT).startswith(TEXT)
-    assert len(DISGUISES["followed_by_small_talk"](TEXT).split()) > 80  # past the gate's 64 tokens
+    assert len(DISGUISES["followed_by_small_talk"](TEXT).split()) > 80  # more than 64 tokens
