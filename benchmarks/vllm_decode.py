@@ -3,7 +3,7 @@
 The model has the shape of Qwen2.5-7B and random weights, written as a real checkpoint, so the guard
 starts as it always does. Its artifact is written by the code that calibration uses: random
 carriers at two thirds of the depth, and a probe of the size that calibration trains (attention over
-64 tokens of the message at five twelfths of the depth, template tokens at five eighths, a hidden
+the message at five twelfths of the depth, template tokens at five eighths, a hidden
 layer). It tells three kinds of prompts apart: harmful ones, which are raised; benign ones, which
 would be lowered if the model were about to refuse them, as ordinary traffic would; and uncertain
 ones, which the score alone lets pass.
@@ -36,8 +36,9 @@ from typing import Any
 
 PROMPT, SHORT, LONG = 128, 8, 136
 BENIGN, UNCERTAIN, HARMFUL = 2000, 2500, 3000  # token ids of which the kinds of prompts are made
+HEAD = 13  # random tokens before it
 OPENING, SUFFIX = [151644, 872, 198], [151645, 198, 151644, 77091, 198]
-N_HEADS, N_VALUES, N_TEMPLATE, N_HIDDEN, WINDOW = 4, 8, 16, 32, 64
+N_HEADS, N_VALUES, N_TEMPLATE, N_HIDDEN, WINDOW = 4, 8, 16, 32, 512
 TOKENS = 256
 KV_BYTES = 11 << 29  # 256 rows of 384 tokens, and little more: engines share the card
 POLICY = {
@@ -298,9 +299,9 @@ def make(shape: Path, tokenizer: Path, work: Path) -> None:
         chance = random.Random(seed)  # noqa: S311 - prompts
         ids = torch.tensor([prompt(chance, kind, PROMPT) for _ in range(32)])
         states = model(ids.cuda(), output_hidden_states=True).hidden_states
-        end = -len(SUFFIX)
+        end, opened = -len(SUFFIX), HEAD + len(OPENING)
         return (
-            states[message_layer][:, end - WINDOW : end].float().cpu(),
+            states[message_layer][:, opened:end].float().cpu(),
             states[gate_layer][:, end : end + 2].float().cpu(),
             states[carrier_layer][:, -1].float(),
         )
@@ -386,7 +387,7 @@ def prompt(chance: random.Random, kind: int, length: int) -> list[int]:
 
     Many times, for random weights keep little of a single token after a dozen layers.
     """
-    head = [*[chance.randrange(5000, 150000) for _ in range(13)], *OPENING]
+    head = [*[chance.randrange(5000, 150000) for _ in range(HEAD)], *OPENING]
     return [*head, *[kind] * (length - len(head) - len(SUFFIX)), *SUFFIX]
 
 

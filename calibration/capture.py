@@ -181,8 +181,6 @@ def _capture_batch(
 ) -> dict[str, Tensor]:
     """Keep `ends` (n, len(layers), 1 + n_suffix, d_model) and `messages` (layers, tokens, d)."""
     n_suffix = len(subject.suffix_ids)
-    n_last = n_suffix + (subject.message_width if message_layers else 1)
-    states = subject.states(prompts, sorted({*layers, *message_layers}), n_last)
     places = [
         [
             place - len(ids)
@@ -192,6 +190,10 @@ def _capture_batch(
         ]
         for ids in prompts
     ]
+    # No more than the batch's longest message: a wide window costs short prompts nothing.
+    first = min(p[0 if message_layers else -1] for p in places)
+    n_last = max(-first, 1 + n_suffix)
+    states = subject.states(prompts, sorted({*layers, *message_layers}), n_last)
     rows, last = torch.arange(len(prompts)), torch.tensor([p[-1] for p in places])
     ends = []
     for layer in layers:

@@ -98,11 +98,17 @@ class CalibrationConfig(BaseModel):
         description="Prompts that are used, at most, drawn evenly from all kinds; 0: all of them.",
     )
     message_width: int = Field(
-        default=64,
+        default=512,
         ge=0,
         le=512,
         description="Last tokens of a message over which the gate attends; 0: it reads the"
         " template's tokens behind it alone.",
+    )
+    long_prompts: int = Field(
+        default=320,
+        ge=0,
+        description="Training prompts of which the gate also sees a copy between passages of"
+        " unrelated text, so that it finds a request in a long message; 0: none.",
     )
     refine_steps: int = Field(
         default=24,

@@ -80,7 +80,7 @@ class EndpointSubject:
         key: str,
         model_id: str | None = None,
         texts: Sequence[str] = (),
-        message_width: int = 64,
+        message_width: int = 512,
     ) -> None:
         self._message_width = message_width
         self._url = url.rstrip("/").removesuffix("/v1")

@@ -16,7 +16,7 @@ from calibration.subject import Subject
 from guard.artifact import CarrierArtifact, Interval
 from guard.gate import GateReading, Zone
 from guard.policy import Policy
-from guard.reading import read_gates
+from guard.reading import gate_places, read_gates
 from guard.refusal import Verdict, judge
 from guard.session import GuardSession, Record
 
@@ -47,7 +47,10 @@ def read_gate(
 ) -> list[GateReading]:
     """Score and refusal probability of encoded prompts, as serving reads them."""
     gate = artifact.manifest.gate
-    n_last = gate.message.width + len(subject.suffix_ids) if gate.message else None
+    n_last = None
+    if gate.message is not None:  # no more than the longest message, whatever the gate's width
+        found = [(len(ids), gate_places(artifact, ids)) for ids in prompts]
+        n_last = max(n - min(*template, *message) for n, (template, message) in found)
     step = subject.prefill(prompts, gate.layers, n_last)
     return read_gates(artifact, step, prompts)
 

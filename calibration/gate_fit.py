@@ -162,6 +162,7 @@ def fit_probe(
     window: tuple[int, ...],
     seed: int,
     device: str = "cpu",
+    counts: Tensor | None = None,
 ) -> FittedProbe:
     """Fit the probe that tells harmful from hard benign prompts best.
 
@@ -178,6 +179,7 @@ def fit_probe(
         window: the template's positions, as in `Labelled`.
         seed: of initial weights and dropout.
         device: a torch device to train on.
+        counts: (n,) how often each training prompt counts among those of its group; default: once.
 
     Raises:
         InputError: no layers.
@@ -192,7 +194,7 @@ def fit_probe(
     inputs, others = (
         _Inputs.of(data, layer, window, message_layer, device) for data in (train, validation)
     )
-    probe = _trained(inputs, others, balanced(train), train.harmful, validation, seed)
+    probe = _trained(inputs, others, balanced(train, counts), train.harmful, validation, seed)
     scores = FittedProbe(probe, layer, window, message_layer, 0.0).scores(validation)
     return FittedProbe(
         _scaled(probe, scores, validation),
@@ -554,13 +556,19 @@ def template_window(n_suffix: int) -> tuple[int, ...]:
     return (1,) if n_suffix == 3 else (0,)
 
 
-def balanced(data: Group) -> np.ndarray:
-    """Harmful weighs as much as benign, and ordinary benign as much as hard benign."""
+def balanced(data: Group, counts: Tensor | None = None) -> np.ndarray:
+    """Harmful weighs as much as benign, and ordinary benign as much as hard benign.
+
+    Args:
+        data: n prompts.
+        counts: (n,) how often each counts among those of its group; default: once.
+    """
     weights = torch.zeros(len(data.prompts))
+    counts = torch.ones_like(weights) if counts is None else counts.to(weights)
     benign = [data.mask("benign", s) for s in ("ordinary", "hard")]
     present = [m for m in benign if bool(m.any())]
     for mask in present:
-        weights[mask] = 0.5 / len(present) / mask.sum()
+        weights[mask] = 0.5 / len(present) * counts[mask] / counts[mask].sum()
     harmful = data.mask("harmful")
-    weights[harmful] = 0.5 / harmful.sum()
+    weights[harmful] = 0.5 * counts[harmful] / counts[harmful].sum()
     return (weights * len(data.prompts)).numpy()

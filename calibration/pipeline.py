@@ -33,6 +33,7 @@ from calibration.config import CalibrationConfig
 from calibration.directions import Candidate, category_subspaces, difference_in_means
 from calibration.disguises import BLIND_BELOW, DISGUISES, as_chat
 from calibration.evaluate import Answered, answer_pairs, compare
+from calibration.fillers import PASSAGES, padded_copies
 from calibration.frontier import FrontierPoint
 from calibration.gate_fit import (
     FittedProbe,
@@ -83,6 +84,10 @@ _DIRECTION_PROMPTS = 256
 """Of each kind, from which directions are computed: twice what Arditi et al. 2024 take."""
 _MESSAGE_DEPTHS = (1 / 3, 5 / 12)
 """Shares of the layers below which whole messages are captured: 8 and 10 of 24."""
+_MOST_LONGER = 0.25
+"""Share of the training prompts, at most, of which the gate sees a longer copy."""
+_LONGER_COUNTS = 2.0
+"""As how many prompts a copy counts in training: more cost AUROC on short ones (docs/LOG.md)."""
 _ALPHAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 _REFUSAL_ABOVE = (0.1, 0.2, 0.3)
 _PACES = tuple(Pace(k, share) for k in (4, 8, 16) for share in (0.25, 1.0))
@@ -170,6 +175,8 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
             config.device if config.endpoint is None else "endpoint",
             config.answer_opening,
             config.message_width,
+            config.long_prompts,
+            PASSAGES,
         ),
     )
     try:
@@ -261,7 +268,8 @@ def calibrate_subject(
         *spread(splits.train, "harmful", None, _DIRECTION_PROMPTS),
         *spread(splits.train, "benign", "ordinary", _DIRECTION_PROMPTS),
     ]
-    progress.stage("capture hidden states", len(used) + len(leading))
+    longer = _longer(subject, splits.train, config)
+    progress.stage("capture hidden states", len(used) + len(leading) + len(longer))
     middle = range(max(1, n_layers // 2), max(3, 5 * n_layers // 8 + 1), max(1, n_layers // 8))
     message_layers = sorted({max(1, round(share * n_layers)) for share in _MESSAGE_DEPTHS})
 
@@ -271,8 +279,10 @@ def calibrate_subject(
         return capture(subject, group, at, of_message, config.batch_size, work, name, progress)
 
     directions = captured("directions", leading, range(n_layers), ())
+    # The copies are trained on and nothing else: thresholds are promised for prompts as they come.
+    groups = replace(splits, train=(*splits.train, *longer))
     train, validation, calibration, test = (
-        captured(name, getattr(splits, name), middle, message_layers)
+        captured(name, getattr(groups, name), middle, message_layers)
         for name in ("train", "validation", "calibration", "test")
     )
     clock.lap("capture")
@@ -281,7 +291,9 @@ def calibrate_subject(
     progress.stage("fit gate", None)
     window = template_window(len(subject.suffix_ids) - subject.n_opening)
     device = config.device if config.endpoint is None else "cpu"
-    probe = fit_probe(train, validation, middle, window, config.seed, device)
+    counts = torch.ones(len(train.prompts))
+    counts[len(splits.train) :] = _LONGER_COUNTS
+    probe = fit_probe(train, validation, middle, window, config.seed, device, counts)
     held, unseen = (Scored(data.prompts, probe.scores(data)) for data in (calibration, test))
     del train, validation, calibration, test  # gigabytes, and they have been read
     blind, unseen_through = _disguised(subject, probe, splits, config, work, progress)
@@ -503,6 +515,19 @@ def _listening_set(splits: Splits) -> list[Prompt]:
         *spread(train, "benign", "hard", 64),
         *spread(train, "benign", "ordinary", 32),
     ]
+
+
+def _longer(subject: Subject, train: Sequence[Prompt], config: CalibrationConfig) -> list[Prompt]:
+    """Longer copies of training prompts, those that fit the model's context."""
+    if not subject.message_width:
+        return []
+    most = min(config.long_prompts, round(_MOST_LONGER * len(train)))
+    fitting = []
+    for prompt in padded_copies(train, most, config.seed):
+        with suppress(PromptSetError):
+            subject.encode(prompt.text)
+            fitting.append(prompt)
+    return fitting
 
 
 def _test(draft: Draft, artifact: CarrierArtifact, splits: Splits) -> dict[str, list[Answered]]:

@@ -88,7 +88,7 @@ class TransformersSubject:
         revision: str | None = None,
         layers_path: str | None = None,
         answer_opening: str = "",
-        message_width: int = 64,
+        message_width: int = 512,
     ) -> None:
         check_template(tokenizer, model_id)
         self._tokenizer = tokenizer

@@ -137,8 +137,10 @@ def message_positions(
     """
     last = gate_position(prompt_ids, suffix_ids)
     first, n = max(0, last + 1 - width), len(opening_ids)
+    wanted = list(opening_ids)
     for start in range(last, max(first, n) - 1, -1) if n else ():
-        if list(prompt_ids[start - n : start]) == list(opening_ids):
+        # the last one first: a whole comparison at each of hundreds of tokens would be felt
+        if prompt_ids[start - 1] == wanted[-1] and list(prompt_ids[start - n : start]) == wanted:
             return list(range(start, last + 1))
     return list(range(first, last + 1))
 

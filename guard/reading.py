@@ -64,7 +64,10 @@ def gate_scores(
         # As wide for every prompt: a sum's rounding must not depend on what is read beside it.
         places, present = padded(second, gate.message.width)
         ends = [[p - len(ids) for p in row] for row, ids in zip(places, prompts, strict=True)]
-        projected = project(_at(step.resid_pre[gate.message.layer], ends), probe.message)
+        # Projected before they are laid out: what is padding then has a few numbers, no stream.
+        reach = -min(map(min, ends))
+        hidden = step.resid_pre[gate.message.layer]
+        projected = _at(project(hidden[:, -reach:], probe.message), ends)
         there = torch.tensor(present, device=projected.device)
         message = pool_message(projected, there, gate.message.n_heads)
     numbers: list[float] = probe_scores(probe, template, message).tolist()

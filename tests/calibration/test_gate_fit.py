@@ -188,6 +188,33 @@ def test_each_side_weighs_half_and_strata_share_the_benign_half(
         )
 
 
+@given(st.lists(st.integers(1, 4), min_size=9, max_size=9))
+def test_a_prompt_that_counts_k_times_weighs_as_k_prompts(counts: list[int]) -> None:
+    data = scored(torch.zeros(4), torch.zeros(2), torch.zeros(3))
+    repeated = Scored(
+        [p for p, k in zip(data.prompts, counts, strict=True) for _ in range(k)],
+        torch.zeros(sum(counts)),
+    )
+    owner = torch.arange(9).repeat_interleave(torch.tensor(counts))
+    shares = torch.tensor(balanced(repeated)) / len(repeated.prompts)
+    expected = torch.zeros(9).index_add(0, owner, shares)
+    found = torch.tensor(balanced(data, torch.tensor(counts))) / 9
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_counts_more_is_told_apart_better() -> None:
+    """Half of harm shows in the message, half in the template: the half that counts wins."""
+    train, validation, unseen = planted(150, 0), planted(80, 1), planted(200, 2)
+    shown_in_message = torch.arange(len(train.prompts)) % 2 == 0
+    fits = [
+        fit_probe(train, validation, range(N_LAYERS), WINDOW, seed=0, counts=counts)
+        for counts in (torch.where(shown_in_message, 9.0, 1.0), torch.ones(len(train.prompts)))
+    ]
+    half = unseen.mask("harmful") & (torch.arange(len(unseen.prompts)) % 2 == 0)
+    leaning, level = (probe.scores(unseen).sigmoid()[half].mean() for probe in fits)
+    assert float(leaning) > float(level)
+
+
 # --- thresholds -----------------------------------------------------------------------------------
 
 

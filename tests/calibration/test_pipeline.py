@@ -32,7 +32,13 @@ from calibration.disguises import DISGUISES, as_chat
 from calibration.evaluate import answer_pairs, compare
 from calibration.frontier import FrontierPoint
 from calibration.html_report import html_page, worth_reading
-from calibration.pipeline import CalibrationResult, calibrate, calibrate_subject, gather_prompts
+from calibration.pipeline import (
+    CalibrationResult,
+    _longer,
+    calibrate,
+    calibrate_subject,
+    gather_prompts,
+)
 from calibration.progress import Progress, Silent
 from calibration.prompts import datasets_sha256, split_prompts, spread
 from calibration.report import write_report
@@ -307,6 +313,23 @@ def test_thresholds_are_the_conformal_quantiles_of_the_calibration_split(done: D
         "hard benign": len(scores["hard"]),
         "harmful": len(scores["harmful"]),
     }
+
+
+def test_longer_copies_are_of_training_prompts_alone_and_fit_the_context(
+    done: Done, subject: TransformersSubject
+) -> None:
+    splits = split_prompts(gather_prompts(done.config), done.config.seed)
+    copies = _longer(subject, splits.train, done.config)
+    assert len(splits.train) / 8 < len(copies) <= len(splits.train) / 4
+    ids = {prompt.id for prompt in splits.train}
+    assert {copy.id.removesuffix("-long") for copy in copies} <= ids
+    assert max(len(subject.encode(copy.text)) for copy in copies) + 64 <= 256
+    unread = TransformersSubject(
+        subject.runner.model, subject.tokenizer, "tiny-refuser", message_width=0
+    )
+    assert _longer(unread, splits.train, done.config) == []
+    none = done.config.model_copy(update={"long_prompts": 0})
+    assert _longer(subject, splits.train, none) == []
 
 
 def test_reported_rates_are_those_of_the_test_split(
@@ -834,8 +857,15 @@ def test_another_fingerprint_starts_anew(run: Run, tmp_path: Path) -> None:
     assert set(left) - set(before) == {"trimtab-other/listen-0000.piece"}
 
 
-@pytest.mark.parametrize("change", ["seed", "model", "nothing"])
-def test_a_changed_seed_or_model_starts_anew_and_an_unchanged_run_goes_on(
+CHANGES: dict[str, dict[str, object]] = {
+    "seed": {"seed": 1},
+    "window": {"message_width": 100},
+    "longer copies": {"long_prompts": 7},
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "model", "nothing"])
+def test_a_changed_setting_or_model_starts_anew_and_an_unchanged_run_goes_on(
     tiny_refuser_dir: Path,
     never_refuses_dir: Path,
     files: PromptFiles,
@@ -851,7 +881,7 @@ def test_a_changed_seed_or_model_starts_anew_and_an_unchanged_run_goes_on(
     work = tmp_path / "guard.safetensors.work"
     before = pieces(work)
     model = never_refuses_dir if change == "model" else tiny_refuser_dir
-    settings = {"seed": 1} if change == "seed" else {}
+    settings = CHANGES.get(change, {})
     with pytest.raises(KeyboardInterrupt):
         calibrate(
             files.config(model, out, batch_size=BATCH, **settings),
