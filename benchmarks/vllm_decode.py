@@ -3,17 +3,18 @@
 The model has the shape of Qwen2.5-7B and random weights, written as a real checkpoint, so the guard
 starts as it always does. Its artifact is written by the code that calibration uses: random
 carriers at two thirds of the depth, and a probe of the size that calibration trains (attention over
-the message at five twelfths of the depth, template tokens at five eighths, a hidden
-layer). It tells three kinds of prompts apart: harmful ones, which are raised; benign ones, which
-would be lowered if the model were about to refuse them, as ordinary traffic would; and uncertain
-ones, which the score alone lets pass.
+the message at five twelfths of the depth, template tokens at five eighths, a hidden layer). It
+tells three kinds of prompts apart: harmful ones, which are raised; benign ones, which would be
+lowered if the model were about to refuse them, as ordinary traffic would; and uncertain ones, which
+the score alone lets pass.
 
     python -m benchmarks.vllm_decode --shape FOLDER --tokenizer FOLDER --work FOLDER --out FILE
 
 FOLDER of the shape holds config.json, that of the tokenizer a tokenizer with its chat template.
 Every mode is an engine in a process of its own. They live side by side on the card and answer one
 after the other, a sample each, round after round; all samples are kept, and medians are compared.
-Three of them take 70 GB. Mode `hotwire` needs hotwire-vllm installed.
+Three of them take 70 GB. Mode `stock_again` is stock once more: what two engines of the same code
+differ by. Mode `hotwire` needs hotwire-vllm installed.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ POLICY = {
 
 EVERY = {"trimtab_policy": "every"}
 HOTWIRE = {"hotwire": json.dumps({"id": "carrier", "layer": 19, "scale": 1.0})}
-MODES = ("stock", "guard", "stock_eager", "hotwire")
+MODES = ("stock", "guard", "stock_again", "stock_eager", "hotwire")
 REHEARSED_BY = {  # cases that warm nothing up that another has not
     "flagged_1", "flagged_8", "flagged_128", "flagged_256_share_0.1", "flagged_256_share_0.5",
     "flagged_32_k64", "flagged_32_every", "staggered_10pct", "staggered_uncertain",
@@ -160,7 +161,9 @@ def main() -> int:
         print(f"round {turn}", json.dumps(compare(found)["ratios"]), flush=True)
     for mode, engine in engines.items():
         kernels = found[mode]["kernels"] = {}
-        for batch in (1, 256) if args.profile and mode in ("stock", "guard") else ():
+        for batch in (
+            (1, 32, 256) if args.profile and mode in ("stock", "guard", "stock_again") else ()
+        ):
             kernels[f"decode_{batch}"] = engine.ask("kernels", {"batch": batch})
             if mode == "guard":
                 steered = {"batch": batch, "kind": HARMFUL, "extra": EVERY}
@@ -573,11 +576,12 @@ def profiled(wrapper: Any) -> dict[str, tuple[float, int]]:
     torch.cuda.synchronize()
     profiler = wrapper.__dict__.pop("profiler")
     profiler.stop()
-    return {
-        event.key[:120]: (float(event.self_device_time_total), int(event.count))
-        for event in profiler.key_averages()
-        if event.self_device_time_total > 0
-    }
+    found: dict[str, tuple[float, int]] = {}
+    for event in profiler.key_averages():
+        name = event.key[:120]  # of which long ones may have several
+        us, count = found.get(name, (0.0, 0))
+        found[name] = us + float(event.self_device_time_total), count + int(event.count)
+    return {name: total for name, total in found.items() if total[0] > 0}
 
 
 def watch(wrapper: Any) -> None:
@@ -691,6 +695,11 @@ def compare(found: dict[str, Any]) -> dict[str, Any]:
             },
             "batch_32_by_k": {
                 name: ratio("guard", f"flagged_32_{name}", "whole_32") for name in ("k64", "every")
+            },
+            "stock_again": {
+                "decode": by_batch("stock_again", "decode", "decode", three),
+                "staggered": ratio("stock_again", "staggered"),
+                "first_token": ratio("stock_again", "first_token"),
             },
             "enforce_eager": by_batch("stock_eager", "decode", "decode", three),
             "hotwire": {

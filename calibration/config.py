@@ -110,6 +110,11 @@ class CalibrationConfig(BaseModel):
         description="Training prompts of which the gate also sees a copy between passages of"
         " unrelated text, so that it finds a request in a long message; 0: none.",
     )
+    position_step: int = Field(
+        default=2,
+        ge=1,
+        description="Directions are measured at every so many template positions, from the last.",
+    )
     refine_steps: int = Field(
         default=24,
         ge=0,
@@ -175,6 +180,7 @@ class CalibrationConfig(BaseModel):
         """The same with more prompts, seeds and steps: narrower intervals, and it takes longer."""
         more = {
             "most_prompts": 0,
+            "position_step": 1,
             "refine_seeds": 2,
             "refine_steps": 32,
             "confirm_prompts": 64,

@@ -358,9 +358,18 @@ def _folded(
 
 
 def _scaled(probe: Probe, scores: Tensor, data: Group) -> Probe:
-    """The probe with its logit scaled and moved so that it means what it says (Platt 1999)."""
+    """The probe with its logit scaled and moved so that it means what it says (Platt 1999).
+
+    Targets are Platt's, just short of 0 and 1: else the slope has no end where nothing overlaps.
+    """
+    harmful = data.harmful.numpy()
+    n, n_harmful = len(harmful), int(harmful.sum())
+    target = np.where(harmful, (n_harmful + 1) / (n_harmful + 2), 1 / (n - n_harmful + 2))
+    weight = balanced(data)
     model = LogisticRegression(C=1e6).fit(
-        scores.unsqueeze(1).numpy(), data.harmful.numpy(), sample_weight=balanced(data)
+        scores.repeat(2).unsqueeze(1).numpy(),  # each prompt as harmful and, for the rest, as not
+        np.repeat([True, False], n),
+        sample_weight=np.concatenate([weight * target, weight * (1 - target)]),
     )
     slope, offset = float(model.coef_[0, 0]), float(model.intercept_[0])
     if slope <= 0.0:  # it separates nothing: leave it to the thresholds to say so

@@ -325,7 +325,11 @@ def calibrate_subject(
         _SUBSPACE_SIZES,
     )
     # Arditi et al. 2024 leave the last layers out: what acts there writes tokens, not decisions.
-    candidates = [c for c in candidates if c.layer < _DEEPEST * n_layers]
+    candidates = [
+        c
+        for c in candidates
+        if c.layer < _DEEPEST * n_layers and (c.position + 1) % config.position_step == 0
+    ]
     bench = make_bench(subject, splits, tokens, config)
     progress.stage("measure candidates", 2 * len(candidates))
     effects: dict[Sign, list[Effect]] = {

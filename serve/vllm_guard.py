@@ -172,9 +172,14 @@ class Tentative:
 
 
 class Later:
-    """Numbers on their way from the device to the host; only `read` waits for them."""
+    """Numbers on their way from the device to the host; only `read` waits for them.
+
+    Attributes:
+        values: on the device.
+    """
 
     def __init__(self, values: Tensor) -> None:
+        self.values = values
         self._done: torch.cuda.Event | None = None
         self._host = values
         if values.is_cuda:
@@ -206,7 +211,7 @@ class Steering:
         budgets_nats: what each may spend.
         temperatures: at which KL is measured, > 0.
         spare: (vocab,) logits for rows that cannot be computed; None: their base row.
-        only_if: (len(rows),) bool on the device: a row without it has no budget; None: all have it.
+        only_if: (len(rows),) float64 on the device: 0 where a row has no budget; None: all have it.
     """
 
     carrier: Carrier
@@ -231,11 +236,6 @@ class SlotReads:
 
     def write(self, slots: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Project the tokens that this step computed, (n_tokens, d_model), into their slots."""
-        if hidden.is_cuda and has_triton():
-            from serve.vllm_kernels import project_tokens
-
-            project_tokens(hidden, weight, slots, self._kept)
-            return
         for start in range(0, len(slots), _CHUNK):
             part = slice(start, start + _CHUNK)
             self._kept[slots[part]] = project(hidden[part], weight)
@@ -331,9 +331,14 @@ class StepGuard:
         self._fresh: list[SamplingRow] = []  # that sample their first token in this step
         self._fresh_scores: Later | None = None
         self._fresh_asked: Tensor | None = None  # (n, 4) on the device: rows and places
-        self._fresh_read: Tensor | None = None  # (n,) on the device: scores
         self._tentative: dict[str, Tentative] = {}  # of this step
-        self._agrees: Tensor | None = None  # (n + 1,) bool on the device, the last one True
+        self._agrees: Tensor | None = None  # (n,) on the device: 1 where a zone is the score's
+        limits = artifact.thresholds
+        self._limits = torch.tensor(  # of score and refusal probability, as the host compares them
+            [limits.raise_above, limits.raise_if_refusal_below, limits.lower_if_refusal_above],
+            dtype=torch.float64,
+            device=device,
+        )
         self._awaited: list[tuple[Later, list[GuardedRequest], Callable[[Any], None]]] = []
         self._reads: list[SlotReads] = []  # of the template, of the message
         self._spare: Tensor | None = None
@@ -418,11 +423,18 @@ class StepGuard:
         self._fresh = runner.sampling_rows(unknown) if unknown else []
         with runner.at_gate() if self._fresh else nullcontext():
             slots = runner.slots_written()
-            for reads, (layer, weight) in zip(self._reads, self._projections(), strict=True):
-                reads.write(slots, runner.hidden(layer), weight)
+            written = [
+                (runner.hidden(layer), weight, reads)
+                for reads, (layer, weight) in zip(self._reads, self._projections(), strict=True)
+            ]
+            if self._kernels is not None:
+                into = [(hidden, weight, reads.kept) for hidden, weight, reads in written]
+                self._kernels.project_tokens(into, slots)
+            else:
+                for hidden, weight, reads in written:
+                    reads.write(slots, hidden, weight)
             if self._fresh:
-                self._fresh_read = self._read_gates(runner, self._fresh)
-                self._fresh_scores = Later(self._fresh_read)
+                self._fresh_scores = Later(self._read_gates(runner, self._fresh))
         return bool(self._fresh or self._active or self.on_base)
 
     @torch.inference_mode()
@@ -524,17 +536,28 @@ class StepGuard:
             message = pool_message(kept(self._reads[1], places), there, read.n_heads)
         return probe_scores(self.artifact.probe, template, message)
 
-    def _refusal_probs(self, rows: Sequence[SamplingRow], logits: Tensor) -> Tensor:
-        """(len(rows),) float32 on the device."""
+    def _refusal_probs(
+        self, rows: Sequence[SamplingRow], logits: Tensor, scores: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(len(rows),) float32, and (len(rows),) float64 that is 1 where they agree with scores."""
         ids, weights = self.artifact.refusal_token_ids, self.artifact.refusal_token_weights
-        index = [row.row for row in rows]
-        if self._kernels is None or self._fresh_asked is None:
-            return refusal_probability(logits[index], ids, weights)
-        probs: Tensor = self._kernels.refusal_probs(logits, self._fresh_asked, ids, weights)
-        if self.rehearsing:
-            wanted = refusal_probability(logits[index], ids, weights)
-            _check_kernels("refusal probability", probs, wanted)
-        return probs
+        fused = self._kernels is not None and self._fresh_asked is not None
+        found: tuple[Tensor, Tensor] | None = None
+        if fused:
+            found = self._kernels.refusal_probs(
+                logits, self._fresh_asked, ids, weights, scores, self._limits
+            )
+        if found is not None and not self.rehearsing:
+            return found
+        prob = refusal_probability(logits[[row.row for row in rows]], ids, weights)
+        above, below_prob, above_prob = self._limits
+        agrees = torch.where(
+            scores.double() > above, prob.double() < below_prob, prob.double() > above_prob
+        ).double()
+        if found is None:
+            return prob, agrees
+        _check_kernels("refusal probability", found[0], prob)
+        return found
 
     def _open(self, runner: Runner, logits: Tensor) -> None:
         """Decide the zones of requests that sample their first token, or put it off.
@@ -547,7 +570,7 @@ class StepGuard:
         if not rows or later is None:
             return
         began = time.perf_counter()
-        probs = self._refusal_probs(rows, logits)
+        probs, agrees = self._refusal_probs(rows, logits, later.values)
         scores: list[float] = later.read()
         states, open_rows, waits = [], [], runner.n_ranks > 1
         for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
@@ -572,42 +595,32 @@ class StepGuard:
             open_sessions(arriving.read())
         else:
             self._await(arriving, states, open_sessions)
-            self._steer_tentatively(rows, states, scores, open_rows, probs)
+            self._agrees = agrees
+            for i in open_rows:
+                self._steer_tentatively(rows[i], states[i], scores[i], i)
         seconds = time.perf_counter() - began
         for state in states:
             state.gate_seconds = seconds
 
     def _steer_tentatively(
-        self,
-        rows: Sequence[SamplingRow],
-        states: Sequence[GuardedRequest],
-        scores: Sequence[float],
-        open_rows: Sequence[int],
-        probs: Tensor,
+        self, row: SamplingRow, state: GuardedRequest, score: float, fresh: int
     ) -> None:
-        """Let the device decide which of these rows have a budget for their first token."""
-        for i in open_rows:
-            _, carrier, allowance = states[i].session.outlook(scores[i])
-            if carrier is not None and allowance > 0.0:
-                self._tentative[rows[i].request_id] = Tentative(carrier, allowance, i)
-        if not self._tentative or self._fresh_read is None:
-            return
-        limits = self.artifact.thresholds
-        score, prob = self._fresh_read.double(), probs.double()  # as the host compares them
-        agrees = torch.where(
-            score > limits.raise_above,
-            prob < limits.raise_if_refusal_below,
-            prob > limits.lower_if_refusal_above,
-        )
-        self._agrees = torch.cat([agrees, agrees.new_ones(1)])
+        """Let the device decide whether a row has a budget for its first token."""
+        _, carrier, allowance = state.session.outlook(score)
+        if carrier is not None and allowance > 0.0:
+            self._tentative[row.request_id] = Tentative(carrier, allowance, fresh)
 
     def _agreement(self, due: Sequence[SamplingRow]) -> Tensor | None:
-        """(n,) bool: whether each row has its budget; None: all have."""
+        """(n,) float64 that is 0 where a row has no budget after all; None: all have theirs."""
         unsure = [self._tentative.get(row.request_id) for row in due]
         if self._agrees is None or not any(unsure):
             return None
-        index = [-1 if one is None else one.fresh for one in unsure]
-        return self._agrees[on_device(index, torch.int64, self._device)]
+        n = len(self._agrees)
+        fresh = [n if one is None else one.fresh for one in unsure]
+        if fresh == list(range(n)):  # nobody but the step's new requests, as mostly
+            return self._agrees
+        all_of_them = torch.cat([self._agrees, self._agrees.new_ones(1)])
+        return all_of_them[on_device(fresh, torch.int64, self._device)]
 
     def _open_one(
         self, row: SamplingRow, state: GuardedRequest, score: float, refusal_prob: float

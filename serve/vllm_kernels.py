@@ -13,6 +13,9 @@ float64, from the very values that were written, and goes back toward the base r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -293,7 +296,7 @@ def mix_rows(
             *rows, temperature, budget_nats, spare if spare is not None else moved.logits,
             sums[now], sums[then], state[now], state[then],
             moved.logits, moved.logits.stride(0), vocab, n_chunks, shrink,
-            FIRST=i == 0, SPARE=spare is not None, num_warps=8, **more,
+            FIRST=i == 0, SPARE=spare is not None, num_warps=16, **more,  # 216 registers at 8
         )  # fmt: skip
         now = then
     _book_kernel[(n_rows,)](
@@ -305,11 +308,16 @@ def mix_rows(
 
 @triton.jit(do_not_specialize=["n"])  # or the first step of 16 or 32 tokens would be compiled for
 def _project_kernel(
-    hidden, row_stride, weight, slots, kept, n, d_model, width,
-    ROWS: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
+    hidden, row_stride, weight, kept, width,
+    hidden_2, row_stride_2, weight_2, kept_2, width_2,
+    slots, n, d_model, ROWS: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    group, n_groups = tl.program_id(1), tl.cdiv(width, UNITS)
+    if group >= n_groups:
+        hidden, row_stride, weight = hidden_2, row_stride_2, weight_2
+        kept, width, group = kept_2, width_2, group - n_groups
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+    unit = group * UNITS + tl.arange(0, UNITS)
     total = tl.zeros((ROWS, UNITS, BLOCK), dtype=tl.float32)
     for start in range(0, d_model, BLOCK):  # one reduction, at the end
         at = start + tl.arange(0, BLOCK)
@@ -332,23 +340,27 @@ def _project_kernel(
     )
 
 
-def project_tokens(hidden: Tensor, weight: Tensor, slots: Tensor, kept: Tensor) -> None:
+def project_tokens(reads: Sequence[tuple[Tensor, Tensor, Tensor]], slots: Tensor) -> None:
     """Write every token's projections, hidden · weightᵀ, to its slot: one launch.
 
     A token's sums do not depend on what else is in the step, to the last bit.
 
     Args:
-        hidden: (n_tokens, d_model), contiguous along d_model.
-        weight: (width, d_model) float32, contiguous.
+        reads: one or two of hidden states (n_tokens, d_model), contiguous along d_model; weights
+            (width, d_model) float32, contiguous; and (n_slots, width) float32, which is written.
         slots: (n_tokens,) int64; negative ones are left out.
-        kept: (n_slots, width) float32, written.
     """
-    n, d_model = hidden.shape
-    width = len(weight)
-    _project_kernel[(triton.cdiv(n, 2), triton.cdiv(width, 4))](
-        hidden, hidden.stride(0), weight, slots, kept, n, d_model, width,
-        ROWS=2, UNITS=4, BLOCK=512, num_warps=4,
-    )  # fmt: skip
+    n, d_model = reads[0][0].shape
+    arguments: list[Any] = []
+    n_groups = 0
+    for i in range(2):
+        hidden, weight, kept = reads[min(i, len(reads) - 1)]
+        width = len(weight) if i < len(reads) else 0
+        arguments += [hidden, hidden.stride(0), weight, kept, width]
+        n_groups += -(-width // 4)
+    _project_kernel[(-(-n // 2), n_groups)](
+        *arguments, slots, n, d_model, ROWS=2, UNITS=4, BLOCK=512, num_warps=4
+    )
 
 
 @triton.jit
@@ -473,8 +485,8 @@ def _weigh_kernel(logits, row_stride, asked, asked_stride, sums, vocab, n_chunks
 
 @triton.jit
 def _refusal_kernel(
-    logits, row_stride, asked, asked_stride, sums, ids, weights, n_ids, probs, n_chunks,
-    CHUNKS: tl.constexpr, IDS: tl.constexpr,
+    logits, row_stride, asked, asked_stride, sums, ids, weights, n_ids, scores, limits,
+    probs, agrees, n_chunks, CHUNKS: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     prompt = tl.program_id(0)
     row = tl.load(asked + prompt * asked_stride).to(tl.int64)
@@ -491,29 +503,43 @@ def _refusal_kernel(
     share = tl.load(weights + j, mask=j < n_ids, other=0.0)
     found = tl.sum(tl.where(j < n_ids, tl.exp(value - top) * share, 0.0), 0) / total
     # a comparison, not a minimum, which could lose a NaN
-    tl.store(probs + prompt, tl.where(found > 1.0, 1.0, found))
+    found = tl.where(found > 1.0, 1.0, found)
+    tl.store(probs + prompt, found)
+    score, found = tl.load(scores + prompt).to(tl.float64), found.to(tl.float64)
+    raises = score > tl.load(limits)
+    yes = tl.where(raises, found < tl.load(limits + 1), found > tl.load(limits + 2))
+    tl.store(agrees + prompt, yes.to(tl.float64))
 
 
-def refusal_probs(logits: Tensor, asked: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """`guard.gate.refusal_probability` of some rows: two launches, and no copy of a row.
+def refusal_probs(
+    logits: Tensor, asked: Tensor, ids: Tensor, weights: Tensor, scores: Tensor, limits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`guard.gate.refusal_probability` of some rows, and whether it agrees with their scores.
+
+    Two launches, and no copy of a row.
 
     Args:
         logits: (n_rows, vocab), any float type, contiguous along the vocabulary.
         asked: (n, …) int32 whose first column is the rows.
         ids: (n_ids,) int64 first tokens of refusals.
         weights: (n_ids,) float32.
+        scores: (n,) float32 of the gate.
+        limits: (3,) float64: the score above which a row is raised, the probability below which it
+            is, and the one above which others are lowered.
 
     Returns:
-        (n,) float32; NaN where a row holds one, or +inf.
+        (n,) float32 probabilities, NaN where a row holds one, or +inf; and (n,) float64, 1 where
+        the probability lets the zone be the one that the score leads to, and 0 elsewhere.
     """
     n, vocab = len(asked), logits.shape[1]
     n_chunks = triton.cdiv(vocab, _CHUNK)
     sums = torch.empty(n, n_chunks, 2, dtype=torch.float32, device=logits.device)
     probs = torch.empty(n, dtype=torch.float32, device=logits.device)
+    agrees = torch.empty(n, dtype=torch.float64, device=logits.device)
     rows = (logits, logits.stride(0), asked, asked.stride(0))
     _weigh_kernel[(n, n_chunks)](*rows, sums, vocab, n_chunks, CHUNK=_CHUNK, num_warps=4)
     _refusal_kernel[(n,)](
-        *rows, sums, ids, weights, len(ids), probs, n_chunks,
+        *rows, sums, ids, weights, len(ids), scores, limits, probs, agrees, n_chunks,
         CHUNKS=triton.next_power_of_2(n_chunks), IDS=triton.next_power_of_2(len(ids)), num_warps=1,
     )  # fmt: skip
-    return probs
+    return probs, agrees

@@ -166,6 +166,17 @@ def test_logits_mean_what_they_say() -> None:
         assert said == pytest.approx(true, abs=0.06)
 
 
+def test_logits_stay_within_reason_where_validation_is_told_apart_without_a_mistake() -> None:
+    train, validation = planted(80, 0), planted(60, 1)
+    for data in (train, validation):
+        for place in WINDOW:
+            data.hidden[data.harmful, TEMPLATE_LAYER, place] += 60.0
+    probe = fit_probe(train, validation, range(N_LAYERS), WINDOW, seed=0)
+    scores, harmful = probe.scores(validation), validation.harmful
+    assert float(scores[harmful].min()) > float(scores[~harmful].max())
+    assert 1.0 < float(scores.abs().max()) < 15.0
+
+
 def test_a_probe_needs_at_least_one_layer() -> None:
     with pytest.raises(InputError):
         fit_probe(planted(10, 0), planted(10, 1), [], WINDOW, seed=0)

@@ -108,7 +108,7 @@ def test_projections_are_the_probes_and_go_to_their_slots() -> None:
     weight = torch.randn(5, 70, device=DEVICE)
     kept = torch.full((20, 5), float("nan"), device=DEVICE)
     slots = torch.tensor([3, 19, 0, -1, 7, 8], device=DEVICE)
-    vllm_kernels.project_tokens(hidden, weight, slots, kept)
+    vllm_kernels.project_tokens([(hidden, weight, kept)], slots)
     there = slots >= 0
     assert torch.allclose(kept[slots[there]], project(hidden, weight)[there], atol=1e-4)
     assert int(kept.isnan().sum()) == 75
@@ -120,11 +120,24 @@ def test_a_tokens_projections_are_the_same_bits_whatever_else_is_in_the_step() -
     weight = torch.randn(6, 1100, device=DEVICE)
     whole, alone = (torch.full((7, 6), float("nan"), device=DEVICE) for _ in range(2))
     slots = torch.arange(7, device=DEVICE)
-    vllm_kernels.project_tokens(hidden, weight, slots, whole)
+    vllm_kernels.project_tokens([(hidden, weight, whole)], slots)
     for i in range(7):
-        vllm_kernels.project_tokens(hidden[i : i + 1], weight, slots[i : i + 1], alone)
+        vllm_kernels.project_tokens([(hidden[i : i + 1], weight, alone)], slots[i : i + 1])
     assert torch.equal(whole, alone)
     assert torch.allclose(whole, project(hidden, weight), atol=1e-3)
+
+
+def test_two_layers_are_projected_in_one_launch_each_with_its_weights() -> None:
+    torch.manual_seed(5)
+    hidden = [torch.randn(5, 600).to(torch.bfloat16).to(DEVICE) for _ in range(2)]
+    weights = [torch.randn(width, 600, device=DEVICE) for width in (6, 3)]
+    kept = [torch.full((9, len(weight)), float("nan"), device=DEVICE) for weight in weights]
+    slots = torch.tensor([8, 1, 2, -1, 4], device=DEVICE)
+    vllm_kernels.project_tokens(list(zip(hidden, weights, kept, strict=True)), slots)
+    there = slots >= 0
+    for states, weight, found in zip(hidden, weights, kept, strict=True):
+        assert torch.allclose(found[slots[there]], project(states, weight)[there], atol=1e-3)
+        assert int(found.isnan().sum()) == 5 * len(weight)
 
 
 def probes() -> list[Probe]:
@@ -202,9 +215,14 @@ def test_refusal_probabilities_are_the_gates(vocab: int) -> None:
     ids = torch.tensor([7, 3, 12, 39], device=DEVICE)
     weights = torch.tensor([1.0, 0.5, 0.25, 1.0], device=DEVICE)
     asked = torch.tensor([[4, 0], [1, 0], [2, 0]], dtype=torch.int32, device=DEVICE)
-    found = vllm_kernels.refusal_probs(logits, asked, ids, weights)
+    scores = torch.tensor([2.0, -2.0, 2.0], device=DEVICE)
     wanted = refusal_probability(logits[[4, 1, 2]], ids, weights)
-    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-7)
+    for cut in (0.0, float(wanted[0]), 0.5):
+        limits = torch.tensor([1.0, cut, cut], dtype=torch.float64, device=DEVICE)
+        found, agrees = vllm_kernels.refusal_probs(logits, asked, ids, weights, scores, limits)
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-7)
+        first, second, third = found.tolist()
+        assert agrees.tolist() == [first < cut, second > cut, third < cut]
     assert float(found[2]) == pytest.approx(1.0, abs=1e-6)
 
 
@@ -215,5 +233,8 @@ def test_a_broken_row_has_no_refusal_probability() -> None:
     logits[1, 3] = float("inf")
     asked = torch.arange(3, dtype=torch.int32, device=DEVICE).unsqueeze(1)
     ids, weights = torch.tensor([9], device=DEVICE), torch.ones(1, device=DEVICE)
-    found = vllm_kernels.refusal_probs(logits, asked, ids, weights)
+    scores = torch.tensor([5.0, -5.0, 5.0], device=DEVICE)
+    limits = torch.tensor([0.0, 2.0, -1.0], dtype=torch.float64, device=DEVICE)
+    found, agrees = vllm_kernels.refusal_probs(logits, asked, ids, weights, scores, limits)
     assert found.isnan().tolist() == [True, True, False]
+    assert agrees.tolist() == [0.0, 0.0, 1.0]  # what is not known lets nothing be steered
