@@ -397,7 +397,18 @@ def hardware(device: str) -> str:
     """What the model ran on."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}{cpu()}"
+
+
+def cpu() -> str:
+    """The processor's name, and whether it multiplies matrices by itself; nothing if not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    facts = {line.split(":")[0].strip(): line.split(":", 1)[-1].strip() for line in lines if line}
+    amx = "with" if "amx_bf16" in facts.get("flags", "").split() else "without"
+    return f", {facts['model name']}, {amx} AMX" if "model name" in facts else ""
 
 
 def commit() -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.frontier import hardware
 from calibration.config import CalibrationConfig
 from calibration.evaluate import Answered, answer_pairs, compare
 from calibration.prompts import (
@@ -79,7 +79,7 @@ def main() -> int:
         "policy": policy.model_dump(mode="json"),
         "decoding": f"greedy, {args.max_tokens} tokens",
         "verdicts": "string match (guard/refusal.py)",
-        "hardware": f"{torch.get_num_threads()} CPU threads, {platform.machine()}",
+        "hardware": hardware("cpu"),
         "torch": torch.__version__,
         "groups": found,
     }

@@ -110,10 +110,8 @@ class CalibrationConfig(BaseModel):
         description="Training prompts of which the gate also sees a copy between passages of"
         " unrelated text, so that it finds a request in a long message; 0: none.",
     )
-    position_step: int = Field(
-        default=2,
-        ge=1,
-        description="Directions are measured at every so many template positions, from the last.",
+    subspace_sizes: tuple[int, ...] = Field(
+        default=(4,), description="Dimensions of the subspaces that are measured beside directions."
     )
     refine_steps: int = Field(
         default=24,
@@ -180,7 +178,7 @@ class CalibrationConfig(BaseModel):
         """The same with more prompts, seeds and steps: narrower intervals, and it takes longer."""
         more = {
             "most_prompts": 0,
-            "position_step": 1,
+            "subspace_sizes": (2, 4),
             "refine_seeds": 2,
             "refine_steps": 32,
             "confirm_prompts": 64,

@@ -79,7 +79,6 @@ _MIN_REFUSALS = 8
 _BY_CHANCE = 0.01
 _DEEPEST = 0.8
 _SAFE_PROMPTS = 32
-_SUBSPACE_SIZES = (4,)
 _DIRECTION_PROMPTS = 256
 """Of each kind, from which directions are computed: twice what Arditi et al. 2024 take."""
 _MESSAGE_DEPTHS = (1 / 3, 5 / 12)
@@ -322,14 +321,10 @@ def calibrate_subject(
         last[directions.mask("harmful")],
         [p.category for p in directions.prompts if p.label == "harmful"],
         last[directions.mask("benign", "ordinary")],
-        _SUBSPACE_SIZES,
+        config.subspace_sizes,
     )
     # Arditi et al. 2024 leave the last layers out: what acts there writes tokens, not decisions.
-    candidates = [
-        c
-        for c in candidates
-        if c.layer < _DEEPEST * n_layers and (c.position + 1) % config.position_step == 0
-    ]
+    candidates = [c for c in candidates if c.layer < _DEEPEST * n_layers]
     bench = make_bench(subject, splits, tokens, config)
     progress.stage("measure candidates", 2 * len(candidates))
     effects: dict[Sign, list[Effect]] = {
