@@ -169,6 +169,8 @@ def main() -> int:
                 steered = {"batch": batch, "kind": HARMFUL, "extra": EVERY}
                 kernels[f"every_{batch}"] = engine.ask("kernels", steered)
         if "staggered" in wanted[mode]:
+            if args.profile and mode == "guard":
+                found[mode]["host"] = engine.ask("host", {})
             shares = (0, 50) if mode == "guard" else (0,)
             found[mode]["steps"] = {str(n): engine.ask("steps", {"every": n}) for n in shares}
         args.out.write_text(json.dumps(compare(found), indent=1) + "\n")
@@ -510,6 +512,13 @@ class Engine:
         found: list[dict[str, Any]] = self.llm.collective_rpc(watched)[0]
         return found
 
+    def host(self) -> list[dict[str, Any]]:
+        """The guard's own functions on the host in staggered arrivals, by time; Python profiled."""
+        self.llm.collective_rpc(watch_host)
+        self.staggered(50)
+        found: list[dict[str, Any]] = self.llm.collective_rpc(host_watched)[0]
+        return found
+
     def status(self) -> dict[str, Any]:
         """What it runs on and what it takes."""
         import torch
@@ -626,6 +635,46 @@ def watch(wrapper: Any) -> None:
         return execute(scheduled, *args, **kwargs)
 
     runner.execute_model = noting
+
+
+def watch_host(wrapper: Any) -> None:
+    """In a worker: profile what the guard does on the host, from now on."""
+    import cProfile
+
+    profiler = wrapper.__dict__["host_profiler"] = cProfile.Profile()
+    guard = wrapper.__dict__["trimtab"].guard
+
+    def profiled_too(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            profiler.enable()
+            try:
+                return function(*args)
+            finally:
+                profiler.disable()
+
+        return run
+
+    for name in ("begin", "step"):
+        setattr(guard, name, profiled_too(getattr(guard, name)))
+
+
+def host_watched(wrapper: Any) -> list[dict[str, Any]]:
+    """In a worker: the functions that took most time since `watch_host`, less what they call."""
+    import pstats
+
+    guard, profiler = wrapper.__dict__["trimtab"].guard, wrapper.__dict__.pop("host_profiler")
+    for name in ("begin", "step"):
+        delattr(guard, name)
+    rows = [
+        {
+            "function": f"{Path(file).name}:{line} {name}",
+            "calls": calls,
+            "own_ms": round(own * 1000, 2),
+            "with_callees_ms": round(whole * 1000, 2),
+        }
+        for (file, line, name), (_, calls, own, whole, _) in pstats.Stats(profiler).stats.items()
+    ]
+    return sorted(rows, key=lambda row: -float(row["own_ms"]))[:60]
 
 
 def watched(wrapper: Any) -> list[dict[str, Any]]:

@@ -60,6 +60,7 @@ class SteeringGraphs:
         self._table = torch.zeros(max_rows, n_blocks, dtype=torch.int32, device=device)
         self._limits = torch.ones(2, max_rows, dtype=torch.float64, device=device)
         self._spare: Tensor | None = None
+        self._spare_from: Tensor | None = None  # whose numbers it holds
         self._base: Tensor | None = None
         self._moved: Moved | None = None
 
@@ -125,7 +126,9 @@ class SteeringGraphs:
         torch.index_select(seq_lens, 0, index, out=self._seq_lens[:size])
         torch.index_select(table, 0, index, out=self._table[:size])
         if self._spare is not None and work.spare is not None:
-            self._spare.copy_(work.spare)
+            if work.spare is not self._spare_from:
+                self._spare.copy_(work.spare)
+            self._spare_from = work.spare
         self._graphs[id(work.carrier), size].replay()
         found = Moved(moved.logits[:n], moved.outcome[:n])
         if work.spare is None:  # captured with a spare row: give the base row back
