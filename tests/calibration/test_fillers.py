@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from calibration.disguises import DISGUISES
+from calibration.disguises import DISGUISES, as_chat
 from calibration.fillers import PASSAGES, padded_copies, surrounded
 from calibration.prompts import Prompt, calibration_splits, shipped_prompts
 
@@ -67,7 +67,9 @@ def test_no_passage_shares_four_words_in_a_row_with_what_the_gate_is_tried_on() 
         words = re.findall(r"\w+", text.lower())
         return {tuple(words[i : i + 4]) for i in range(len(words) - 3)}
 
-    tried = set().union(*(runs(disguise(TEXT)) for disguise in DISGUISES.values()))
+    chats = [as_chat(disguise(TEXT)) for disguise in DISGUISES.values()]
+    tried = set().union(*(runs(message["content"]) for chat in chats for message in chat))
+    assert len(tried) > 500
     for passage in PASSAGES:
         assert not runs(passage) & tried, passage
 
