@@ -180,14 +180,14 @@ class GuardSession:
         self._ledger = self._ledger_of(self._zone)
         return self._zone
 
-    def outlook(self, score: float) -> tuple[Zone, Carrier | None, float]:
+    def outlook(self, score: float) -> tuple[Carrier | None, float]:
         """What `open` would lead to if the refusal probability agreed with a score.
 
         Returns:
-            The zone, its carrier, and what its first token could spend, nats.
+            The zone's carrier, None in the pass zone, and what its first token could spend, nats.
         """
         zone = prospect(score, self._artifact.thresholds, self._allows_lower)
-        return zone, self._carrier_of(zone), self._ledger_of(zone).allowance_nats
+        return self._carrier_of(zone), self._ledger_of(zone).allowance_nats
 
     @property
     def _allows_lower(self) -> bool:

@@ -541,23 +541,27 @@ class StepGuard:
     ) -> tuple[Tensor, Tensor]:
         """(len(rows),) float32, and (len(rows),) float64 that is 1 where they agree with scores."""
         ids, weights = self.artifact.refusal_token_ids, self.artifact.refusal_token_weights
-        fused = self._kernels is not None and self._fresh_asked is not None
-        found: tuple[Tensor, Tensor] | None = None
-        if fused:
-            found = self._kernels.refusal_probs(
+
+        def agreeing(prob: Tensor) -> Tensor:
+            above, below_prob, above_prob = self._limits
+            yes = torch.where(
+                scores.double() > above, prob.double() < below_prob, prob.double() > above_prob
+            )
+            return yes.double()
+
+        if self._kernels is not None and not self.rehearsing:
+            found: tuple[Tensor, Tensor] = self._kernels.refusal_probs(
                 logits, self._fresh_asked, ids, weights, scores, self._limits
             )
-        if found is not None and not self.rehearsing:
             return found
         prob = refusal_probability(logits[[row.row for row in rows]], ids, weights)
-        above, below_prob, above_prob = self._limits
-        agrees = torch.where(
-            scores.double() > above, prob.double() < below_prob, prob.double() > above_prob
-        ).double()
-        if found is None:
-            return prob, agrees
-        _check_kernels("refusal probability", found[0], prob)
-        return found
+        if self._kernels is not None:
+            fused, agrees = self._kernels.refusal_probs(
+                logits, self._fresh_asked, ids, weights, scores, self._limits
+            )
+            _check_kernels("refusal probability", fused, prob)
+            _check_kernels("comparison of it", agrees, agreeing(fused))
+        return prob, agreeing(prob)
 
     def _open(self, runner: Runner, logits: Tensor) -> None:
         """Decide the zones of requests that sample their first token, or put it off.
@@ -572,18 +576,20 @@ class StepGuard:
         began = time.perf_counter()
         probs, agrees = self._refusal_probs(rows, logits, later.values)
         scores: list[float] = later.read()
-        states, open_rows, waits = [], [], runner.n_ranks > 1
+        states, waits = [], runner.n_ranks > 1
+        unsure: dict[str, Tentative] = {}
         for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
             policy = self._policy_of(row) or self.policy
             session = GuardSession(self.artifact, policy, lockstep=runner.n_ranks > 1)
             states.append(GuardedRequest(session, row.n_prompt))
             self.requests[row.request_id] = states[-1]
             waits |= row.position != 0 or self._policy_of(row) is None or not math.isfinite(score)
-            if session.outlook(score)[0] is not Zone.PASS:
-                open_rows.append(i)
+            carrier, allowance = session.outlook(score)
+            if carrier is not None and allowance > 0.0:
+                unsure[row.request_id] = Tentative(carrier, allowance, i)
         crowded = len(runner.request_ids) >= self.others_wait
-        if not (crowded and len(open_rows) <= self.most_tentative):
-            waits |= bool(open_rows)
+        if not (crowded and len(unsure) <= self.most_tentative):
+            waits |= bool(unsure)
 
         def open_sessions(refusal_probs: list[float]) -> None:
             readings = runner.agree(list(zip(scores, refusal_probs, strict=True)))
@@ -595,24 +601,13 @@ class StepGuard:
             open_sessions(arriving.read())
         else:
             self._await(arriving, states, open_sessions)
-            self._agrees = agrees
-            for i in open_rows:
-                self._steer_tentatively(rows[i], states[i], scores[i], i)
+            self._agrees, self._tentative = agrees, unsure
         seconds = time.perf_counter() - began
         for state in states:
             state.gate_seconds = seconds
 
-    def _steer_tentatively(
-        self, row: SamplingRow, state: GuardedRequest, score: float, fresh: int
-    ) -> None:
-        """Let the device decide whether a row has a budget for its first token."""
-        _, carrier, allowance = state.session.outlook(score)
-        if carrier is not None and allowance > 0.0:
-            self._tentative[row.request_id] = Tentative(carrier, allowance, fresh)
-
-    def _agreement(self, due: Sequence[SamplingRow]) -> Tensor | None:
+    def _agreement(self, unsure: Sequence[Tentative | None]) -> Tensor | None:
         """(n,) float64 that is 0 where a row has no budget after all; None: all have theirs."""
-        unsure = [self._tentative.get(row.request_id) for row in due]
         if self._agrees is None or not any(unsure):
             return None
         n = len(self._agrees)
@@ -691,7 +686,7 @@ class StepGuard:
             ],
             [row.temperature or 1.0 for row in due],
             self._spare_row(runner, base) if states[0].session.fails_closed else None,
-            self._agreement(due),
+            self._agreement(unsure),
         )
         index, moved = runner.steer(work, base)
         if self.policy.mode == "enforce":

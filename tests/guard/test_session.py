@@ -428,3 +428,19 @@ def test_wherever_the_answer_begins_the_budget_and_k_hold(
     budgets = {Zone.RAISE: policy.raise_budget_nats, Zone.LOWER: policy.lower_budget_nats}
     assert total <= budgets.get(session.zone, 0.0) * (1 + 1e-12)  # type: ignore[arg-type]
     assert not shadows or shadows[-1] - shadows[0] < policy.shadow_tokens
+
+
+@given(score=st.floats(-4, 4), lower=st.sampled_from(["certified", "off"]))
+def test_the_outlook_is_what_opening_leads_to_if_the_refusal_probability_agrees(
+    score: float, lower: str
+) -> None:
+    guard, policy = make_guard(), Policy.model_validate({"lower": lower, "token_cap_nats": 0.5})
+    expected = GuardSession(guard, policy).outlook(score)
+    found = set()
+    for refusal_prob in (0.0, 1.0):
+        session = GuardSession(guard, policy)
+        session.open(GateReading(score, refusal_prob))
+        found.add((id(session.carrier), session.ledger.allowance_nats))
+    carrier, allowance = expected
+    assert (id(carrier), allowance) in found
+    assert (allowance > 0.0) == (score > 1.0 or (score < -1.0 and lower == "certified"))
