@@ -32,12 +32,13 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--rows", type=int, default=64, help="answered at a time")
     parser.add_argument("--again", type=int, default=0, help="then once more, so many at a time")
+    parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel; above 1 no audit")
     for name in ("one", "other", "stock"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.what == "serve":
-        result = serve(args.model, args.prompts, args.rows, args.again)
+        result = serve(args.model, args.prompts, args.rows, args.again, args.ranks)
     else:
         files = (args.one, args.other, args.stock)
         result = compare(*(json.loads(file.read_text()) for file in files))
@@ -46,9 +47,10 @@ def main() -> int:
     return 0
 
 
-def serve(model: str, n: int, rows: int, again: int) -> dict[str, Any]:
+def serve(model: str, n: int, rows: int, again: int, ranks: int = 1) -> dict[str, Any]:
     """Answer the prompts greedily and say what was done to each."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the guard's own state is in this process
+    if ranks == 1:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the guard's state is in this process
     import torch
     from torch import Tensor
     from vllm import LLM, SamplingParams, __version__
@@ -59,9 +61,12 @@ def serve(model: str, n: int, rows: int, again: int) -> dict[str, Any]:
     llm = LLM(
         model, max_model_len=2048, max_num_seqs=rows, dtype="bfloat16", seed=0,
         gpu_memory_utilization=0.03, kv_cache_memory_bytes=1 << 30,  # beside others
+        tensor_parallel_size=ranks,
     )  # fmt: skip
-    worker: Any = llm.llm_engine.model_executor.driver_worker  # type: ignore[attr-defined]
-    found = worker.__dict__.get("trimtab")
+    found: Any = None
+    if ranks == 1:
+        worker: Any = llm.llm_engine.model_executor.driver_worker  # type: ignore[attr-defined]
+        found = worker.__dict__.get("trimtab")
     nats: dict[str, list[float]] = defaultdict(list)
     gaps: list[float] = []
 
@@ -92,6 +97,21 @@ def serve(model: str, n: int, rows: int, again: int) -> dict[str, Any]:
                 "recomputed_nats": nats[name],
             }
 
+    statuses: list[dict[str, Any]] = []
+    if os.environ.get("TRIMTAB_GUARD"):
+        statuses = [json.loads(status) for status in llm.collective_rpc("trimtab_status")]
+    if ranks > 1 and statuses:
+        llm.generate({"prompt_token_ids": [0]}, SamplingParams(max_tokens=1), use_tqdm=False)
+        drained = [json.loads(rank) for rank in llm.collective_rpc("trimtab_drain")]
+        for name, state in drained[0].items():
+            kept = ("zone", "refusal_prob", "kl_nats", "budget_nats")
+            records[name.rsplit("-", 1)[0]] = {
+                **{key: state["record"][key] for key in kept},
+                "score": state["record"]["gate_score"],
+                "recomputed_nats": [],
+                "ranks_agree": all(rank[name]["record"] == state["record"] for rank in drained),
+            }
+
     def said(output: Any) -> dict[str, Any]:
         return {
             "tokens": list(output.outputs[0].token_ids),
@@ -107,8 +127,9 @@ def serve(model: str, n: int, rows: int, again: int) -> dict[str, Any]:
         "vllm": __version__,
         "torch": torch.__version__,
         "rows": rows,
-        "guard": found.guard.artifact.artifact_id if found is not None else None,
-        "canary": json.loads(found.status())["canary"] if found is not None else None,
+        "ranks": ranks,
+        "guard": statuses[0]["guard"] if statuses else None,
+        "canary": [status["canary"] for status in statuses],
         "largest_gap_of_charge_nats": max(gaps, default=0.0),
         "answers": [said(output) for output in outputs],
         "answers_again": [said(output) for output in others],

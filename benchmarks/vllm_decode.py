@@ -59,8 +59,10 @@ MODES = ("stock", "guard", "stock_again", "stock_eager", "hotwire")
 REHEARSED_BY = {  # cases that warm nothing up that another has not
     "flagged_1", "flagged_8", "flagged_128", "flagged_256_share_0.1", "flagged_256_share_0.5",
     "flagged_32_k64", "flagged_32_every", "staggered_10pct", "staggered_uncertain",
-    "staggered_waiting", "first_token_uncertain", "whole_1", "whole_8", "whole_128",
+    "staggered_tentative", "first_token_uncertain", "whole_1", "whole_8", "whole_128",
 }  # fmt: skip
+
+MANY, FEW = 9, 2  # rounds in which a case is taken: what is compared with goals, what shows growth
 
 Case = tuple[str, dict[str, Any], int]
 """Method of `Engine`, its arguments, and in how many rounds it is taken."""
@@ -69,36 +71,38 @@ Case = tuple[str, dict[str, Any], int]
 def cases(mode: str) -> dict[str, Case]:
     """What is measured of one mode, by name; equal names compare."""
     found: dict[str, Case] = {}
-    for batch, rounds in ((1, 5), (32, 5), (256, 9)):
-        found[f"decode_{batch}"] = ("per_token", {"batch": batch}, rounds)
+    for batch in (1, 32, 256):
+        found[f"decode_{batch}"] = ("per_token", {"batch": batch}, MANY)
     if mode == "stock_eager":
-        return {name: (method, arguments, 3) for name, (method, arguments, _) in found.items()}
-    if mode == "hotwire":
-        for batch, rounds in ((1, 5), (32, 5), (256, 9)):
-            steered = {"batch": batch, "extra": HOTWIRE}
-            found[f"steered_{batch}"] = ("per_token", steered, rounds)
         return found
-    found["staggered"] = ("staggered", {"every": 0}, 7)
-    found["first_token"] = ("first_token", {}, 9)
-    for batch, rounds in ((1, 3), (8, 3), (32, 5), (128, 3), (256, 5)):
-        found[f"whole_{batch}"] = ("whole", {"batch": batch}, rounds)
+    if mode == "hotwire":
+        for batch in (1, 32, 256):
+            found[f"steered_{batch}"] = ("per_token", {"batch": batch, "extra": HOTWIRE}, MANY)
+        return found
+    found["staggered"] = ("staggered", {"every": 0}, MANY)
+    found["first_token"] = ("first_token", {}, MANY)
+    if mode == "stock_again":
+        return found
+    for batch in (1, 8, 32, 128, 256):
+        found[f"whole_{batch}"] = ("whole", {"batch": batch}, MANY if batch == 32 else FEW)
     if mode == "guard":
-        found["staggered_2pct"] = ("staggered", {"every": 50}, 7)
-        found["staggered_10pct"] = ("staggered", {"every": 10}, 3)
-        found["staggered_uncertain"] = ("staggered", {"every": 0, "kind": UNCERTAIN}, 3)
-        found["staggered_waiting"] = ("staggered", {"every": 0, "tentative": 0}, 3)
-        found["first_token_uncertain"] = ("first_token", {"kind": UNCERTAIN}, 5)
-        for batch, rounds in ((1, 3), (8, 3), (32, 5), (128, 3), (256, 5)):
-            found[f"flagged_{batch}"] = ("whole", {"batch": batch, "share": 1.0}, rounds)
+        found["staggered_2pct"] = ("staggered", {"every": 50}, MANY)
+        found["staggered_10pct"] = ("staggered", {"every": 10}, FEW)
+        found["staggered_uncertain"] = ("staggered", {"every": 0, "kind": UNCERTAIN}, FEW)
+        found["staggered_tentative"] = ("staggered", {"every": 0, "waits": False}, FEW)
+        found["first_token_uncertain"] = ("first_token", {"kind": UNCERTAIN}, FEW)
+        for batch in (1, 8, 32, 128, 256):
+            flagged = {"batch": batch, "share": 1.0}
+            found[f"flagged_{batch}"] = ("whole", flagged, MANY if batch == 32 else FEW)
         for share in (0.1, 0.5):
             part = {"batch": 256, "share": share}
-            found[f"flagged_256_share_{share}"] = ("whole", part, 3)
+            found[f"flagged_256_share_{share}"] = ("whole", part, FEW)
         for name in ("k64", "every"):
             longer = {"batch": 32, "share": 1.0, "extra": {"trimtab_policy": name}}
-            found[f"flagged_32_{name}"] = ("whole", longer, 3)
-        for batch, rounds in ((1, 5), (32, 5), (256, 5)):
+            found[f"flagged_32_{name}"] = ("whole", longer, FEW)
+        for batch in (1, 32, 256):
             steered = {"batch": batch, "kind": HARMFUL, "extra": EVERY}
-            found[f"every_{batch}"] = ("per_token", steered, rounds)
+            found[f"every_{batch}"] = ("per_token", steered, MANY)
     return found
 
 
@@ -161,16 +165,17 @@ def main() -> int:
         print(f"round {turn}", json.dumps(compare(found)["ratios"]), flush=True)
     for mode, engine in engines.items():
         kernels = found[mode]["kernels"] = {}
-        for batch in (
-            (1, 32, 256) if args.profile and mode in ("stock", "guard", "stock_again") else ()
-        ):
+        for batch in (1, 32, 256) if args.profile and mode in ("stock", "guard") else ():
             kernels[f"decode_{batch}"] = engine.ask("kernels", {"batch": batch})
             if mode == "guard":
                 steered = {"batch": batch, "kind": HARMFUL, "extra": EVERY}
                 kernels[f"every_{batch}"] = engine.ask("kernels", steered)
-        if "staggered" in wanted[mode]:
+        if "staggered" in wanted[mode] and mode != "stock_again":
             if args.profile and mode == "guard":
                 found[mode]["host"] = engine.ask("host", {})
+                found[mode]["rounding"] = {
+                    n: engine.ask("rounding", {"batch": n}) for n in (64, 256)
+                }
             shares = (0, 50) if mode == "guard" else (0,)
             found[mode]["steps"] = {str(n): engine.ask("steps", {"every": n}) for n in shares}
         args.out.write_text(json.dumps(compare(found), indent=1) + "\n")
@@ -457,7 +462,7 @@ class Engine:
         kinds = [HARMFUL if int((i + 1) * share) > int(i * share) else BENIGN for i in range(batch)]
         return round(self.seconds(kinds, [TOKENS] * batch, extra=extra) / TOKENS * 1000, 4)
 
-    def staggered(self, every: int, kind: int = BENIGN, tentative: int | None = None) -> float:
+    def staggered(self, every: int, kind: int = BENIGN, waits: bool = True) -> float:
         """Milliseconds per step of 256 rows while requests come and go, one `every` flagged.
 
         The first 256 end after 1, 2, 3 … tokens; each that ends lets in one of 256 that follow.
@@ -465,15 +470,15 @@ class Engine:
         Args:
             every: 0: nobody is flagged.
             kind: of the others.
-            tentative: rows that may be steered before their zone is known; None: as shipped.
+            waits: False: never wait for a refusal probability, also where the device keeps pace.
         """
         tokens = [*range(1, 257), *[TOKENS] * 256]
         kinds = [HARMFUL if every and i % every == every // 2 else kind for i in range(512)]
-        if tentative is not None:
-            before = self.llm.collective_rpc(set_tentative, args=(tentative,))[0]
+        if not waits:
+            self.llm.collective_rpc(never_wait, args=(True,))
         found = round(self.seconds(kinds, tokens) / (sum(tokens) / 256) * 1000, 4)
-        if tentative is not None:
-            self.llm.collective_rpc(set_tentative, args=(before,))
+        if not waits:
+            self.llm.collective_rpc(never_wait, args=(False,))
         return found
 
     def first_token(self, kind: int = BENIGN) -> float:
@@ -519,6 +524,13 @@ class Engine:
         found: list[dict[str, Any]] = self.llm.collective_rpc(host_watched)[0]
         return found
 
+    def rounding(self, batch: int) -> dict[str, float]:
+        """What a carrier that adds nothing would spend on the rows of a batch, nats."""
+        self.llm.collective_rpc(watch_rounding, args=(batch,))
+        self.seconds([BENIGN] * batch, [16] * batch)
+        found: dict[str, float] = self.llm.collective_rpc(rounding_watched)[0]
+        return found
+
     def status(self) -> dict[str, Any]:
         """What it runs on and what it takes."""
         import torch
@@ -561,11 +573,47 @@ def reserved(_: Any) -> int:
     return torch.cuda.memory_reserved()
 
 
-def set_tentative(wrapper: Any, most: int) -> int:
-    """In a worker: how many rows may be steered before their zone is known; how many could be."""
-    guard = wrapper.__dict__["trimtab"].guard
-    before, guard.most_tentative = guard.most_tentative, most
-    return int(before)
+def never_wait(wrapper: Any, on: bool) -> None:
+    """In a worker: steer tentatively also where the device keeps pace with the host, or not."""
+    view = wrapper.__dict__["trimtab"]._view
+    passing = view.__dict__.setdefault("end_of_forward", view._end)
+    view._end = None if on else passing
+
+
+def watch_rounding(wrapper: Any, batch: int) -> None:
+    """In a worker: steer a step's rows with a carrier that adds nothing, from now on."""
+    import torch
+
+    from guard.steering import Carrier
+    from serve.vllm_guard import Steering
+
+    guarded = wrapper.__dict__["trimtab"]
+    view, guard = guarded._view, guarded.guard
+    layer, basis = guard.artifact.raise_carrier.layer, guard.artifact.raise_carrier.basis
+    nothing = Carrier.additive(layer, torch.zeros_like(basis[0]))
+    view.graphs.capture(nothing)
+    found = wrapper.__dict__["rounding"] = []
+
+    def look(_: Any, logits: Any) -> None:
+        if len(logits) == batch:
+            work = Steering(nothing, list(range(batch)), [64.0] * batch, [1.0] * batch, None)
+            found.append(view.steer(work, logits)[1].outcome[:, 0].clone())
+
+    guard.on_base = look
+
+
+def rounding_watched(wrapper: Any) -> dict[str, float]:
+    """In a worker: what a carrier that adds nothing spent, nats a row."""
+    import torch
+
+    wrapper.__dict__["trimtab"].guard.on_base = None
+    nats = torch.cat(wrapper.__dict__.pop("rounding"))
+    return {
+        "rows": len(nats),
+        "mean_nats": float(nats.mean()),
+        "p99_nats": float(nats.quantile(0.99)),
+        "largest_nats": float(nats.max()),
+    }
 
 
 def profile(wrapper: Any) -> None:
@@ -736,7 +784,7 @@ def compare(found: dict[str, Any]) -> dict[str, Any]:
             "flagged_2pct_to_nobody": ratio("guard", "staggered_2pct", "staggered", "guard"),
             "staggered_10pct": ratio("guard", "staggered_10pct", "staggered"),
             "staggered_uncertain": ratio("guard", "staggered_uncertain", "staggered"),
-            "staggered_if_the_host_waited": ratio("guard", "staggered_waiting", "staggered"),
+            "staggered_never_waiting": ratio("guard", "staggered_tentative", "staggered"),
             "ttft_uncertain": ratio("guard", "first_token_uncertain", "first_token"),
             "batch_256_by_share": {
                 str(share): ratio("guard", f"flagged_256_share_{share}", "whole_256")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -278,6 +278,11 @@ class WithDesk:
         """Blocks of the KV cache are copied."""
         if self._guard is not None:
             self._guard.copy_blocks(copies, n_blocks)
+
+    def keep(self, runner: Runner, hidden: Callable[[int], Tensor], slots: Tensor) -> None:
+        """Keep what the gate needs of tokens, by KV slot."""
+        if self._guard is not None:
+            self._guard.keep(runner, hidden, slots)
 
     def begin(self, runner: Runner) -> bool:
         """True if `step` has to see this step's logits."""

@@ -3,11 +3,18 @@
 A shadow pass of half a 7B model is some hundred small launches: eagerly 5 to 8 ms, whatever the
 number of rows, against 1 to 2 ms of work. So it is captured once per carrier and number of rows.
 Rows are copied into buffers that stay, padded with copies of the first row whose budget is zero.
+
+Steered logits are compared with those of a null row, which runs beside the steered one with
+nothing added: so a carrier that does nothing moves nothing, to the last bit. Above `WITH_NULL_ROWS`
+rows they are compared with the base pass itself, for there null rows are half of the arithmetic
+that a device is bound by; what a carrier does then comes with the rounding of another batch shape,
+as any row of vLLM does from step to step. The budget is exact either way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +23,17 @@ from guard.kl import Moved
 from guard.steering import Carrier
 from serve.vllm_guard import Steering, on_device
 
-__all__ = ["SteeringGraphs"]
+__all__ = ["WITH_NULL_ROWS", "SteeringGraphs"]
+
+WITH_NULL_ROWS = 64
+"""Rows that are steered at once with a null row each; more are compared with the base pass."""
 
 _SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 
 Run = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(first layer, hidden, sequence lengths, block table) → (n, vocab) steered − null logits.
+"""(first layer, (n, d_model) hidden, sequence lengths, block table) → (n, d_model) last states.
 
-The 2n rows that enter are n null rows and n steered ones, one query token each.
+One query token a row; the states are normed.
 """
 
 
@@ -31,8 +41,10 @@ class SteeringGraphs:
     """Captured steering of up to `max_rows` rows at a time.
 
     Args:
-        run: the shadow pass.
-        mix: `mix_rows`, capturable.
+        run: the layers from one on.
+        difference: (2n, d_model) normed null and steered states → (n, vocab) steered − null logits.
+        kernels: the module of `mix_rows` and `gather_rows`.
+        null_rows: rows that are steered with a null row each; more are not.
         max_rows: that are steered at once.
         d_model: width of the residual stream.
         n_blocks: width of the block table.
@@ -43,21 +55,26 @@ class SteeringGraphs:
     def __init__(
         self,
         run: Run,
-        mix: Callable[..., Moved],
+        difference: Callable[[Tensor], Tensor],
+        kernels: Any,
         *,
+        null_rows: int,
         max_rows: int,
         d_model: int,
         n_blocks: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._run, self._mix, self._device = run, mix, device
+        self._run, self._difference, self._kernels = run, difference, kernels
+        self._device, self._null_rows = device, null_rows
         self._sizes = [size for size in _SIZES if size < max_rows] + [max_rows]
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._hidden = torch.zeros(max_rows, d_model, dtype=dtype, device=device)
+        self._last = torch.zeros_like(self._hidden)
         self._seq_lens = torch.ones(max_rows, dtype=torch.int32, device=device)
         self._table = torch.zeros(max_rows, n_blocks, dtype=torch.int32, device=device)
+        self._index = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._limits = torch.ones(2, max_rows, dtype=torch.float64, device=device)
         self._spare: Tensor | None = None
         self._spare_from: Tensor | None = None  # whose numbers it holds
@@ -81,25 +98,13 @@ class SteeringGraphs:
             len(work.rows) <= self._sizes[-1]
         )
 
-    def steer(
-        self,
-        work: Steering,
-        *,
-        hidden: Tensor,
-        ends: Tensor,
-        logits: Tensor,
-        seq_lens: Tensor,
-        table: Tensor,
-    ) -> tuple[Tensor, Moved]:
+    def steer(self, work: Steering, step: Any, ends: Tensor) -> tuple[Tensor, Moved]:
         """Steer some rows of a step.
 
         Args:
             work: what to do.
-            hidden: (n_tokens, d_model) entering the carrier's layer.
+            step: `vllm_kernels.StepRows` of the step.
             ends: (n_rows,) indices of the last tokens.
-            logits: (n_rows, vocab) of the base pass.
-            seq_lens: (n_rows,) int32.
-            table: (n_rows, n_blocks) int32.
 
         Returns:
             (n,) int64 indices of the rows, and what became of them; valid until the next call.
@@ -116,15 +121,12 @@ class SteeringGraphs:
             torch.float64,
             self._device,
         )
-        index = numbers[0].long()
-        base, moved = self._buffers(logits)
-        self._limits[:, :size].copy_(numbers[1:])
-        if work.only_if is not None:
-            self._limits[0, :n] *= work.only_if
-        torch.index_select(hidden, 0, ends[index], out=self._hidden[:size])
-        torch.index_select(logits, 0, index, out=base[:size])
-        torch.index_select(seq_lens, 0, index, out=self._seq_lens[:size])
-        torch.index_select(table, 0, index, out=self._table[:size])
+        base, moved = self._buffers(step.logits)
+        rows = self._kernels.StepRows(self._hidden, base, self._last, self._seq_lens, self._table)
+        self._kernels.gather_rows(
+            numbers, work.only_if, ends, step, rows, self._index, self._limits,
+            with_last=not self._with_null(size),
+        )  # fmt: skip
         if self._spare is not None and work.spare is not None:
             if work.spare is not self._spare_from:
                 self._spare.copy_(work.spare)
@@ -134,7 +136,10 @@ class SteeringGraphs:
         if work.spare is None:  # captured with a spare row: give the base row back
             faulty = found.outcome[:, 2:] > 0
             found = Moved(torch.where(faulty, base[:n].float(), found.logits), found.outcome)
-        return index[:n], found
+        return self._index[:n], found
+
+    def _with_null(self, size: int) -> bool:
+        return size <= self._null_rows
 
     def _buffers(self, logits: Tensor) -> tuple[Tensor, Moved]:
         """Base rows in, moved rows out; made when the first logits show their size and type."""
@@ -152,14 +157,14 @@ class SteeringGraphs:
         null = self._hidden[:n]
         steered = carrier.apply(null.float()).to(null.dtype)
         seq_lens, table = self._seq_lens[:n], self._table[:n]
-        difference = self._run(
-            carrier.layer,
-            torch.cat([null, steered]),
-            torch.cat([seq_lens, seq_lens]),
-            torch.cat([table, table]),
-        )
+        if self._with_null(n):
+            both = torch.cat([seq_lens, seq_lens]), torch.cat([table, table])
+            last = self._run(carrier.layer, torch.cat([null, steered]), *both)
+        else:
+            last = torch.cat([self._last[:n], self._run(carrier.layer, steered, seq_lens, table)])
+        difference = self._difference(last)
         base, moved = self._buffers(difference)
-        self._mix(
+        self._kernels.mix_rows(
             base[:n],
             difference,
             *self._limits[:, :n],

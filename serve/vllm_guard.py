@@ -11,13 +11,14 @@ Whoever may read a cached block's keys may read them, and a block that is evicte
 is projected again. No cache hit is given up, and nothing has to be recomputed. A slot that was
 never written holds NaN: an error.
 
-**Why the host does not wait.** A GPU runs behind the host that feeds it, and waiting for it drains
-the queue. So outcomes of a step are read in the next one, after its forward pass was issued: the
-ledger is exact when it is asked again, and the device stays busy. The gate's score is read while
-the layers behind it still run. Where a score leaves the zone open, it hangs on the base model's
-refusal probability, which only the logits tell: then either the host waits for them, or, where
-others would wait with it, the row is steered at once with a budget that the device sets to nothing
-if the probability disagrees, which leaves the base row.
+**Why the host does not wait.** A GPU that is busy runs behind the host that feeds it, and waiting
+for it drains the queue. So outcomes of a step are read in the next one, after its forward pass was
+issued: the ledger is exact when it is asked again, and the device stays busy. The gate's score is
+read while the layers behind it still run. Where a score leaves the zone open, it hangs on the base
+model's refusal probability, which only the logits tell: then either the host waits for them, or,
+where others would wait with it, the row is steered at once with a budget that the device sets to
+nothing if the probability disagrees, which leaves the base row. A device that keeps pace with the
+host has no queue: there the host waits for both readings at once, which is the least work.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -75,8 +76,7 @@ _KERNELS_AGREE = 1e-3  # float32 sums in another order
 _IMPOSSIBLE = -1e9  # finite: a grammar that forbids the end token leaves a uniform row, not NaN
 
 
-@dataclass(frozen=True)
-class SamplingRow:
+class SamplingRow(NamedTuple):
     """A request that samples a token in this step.
 
     Attributes:
@@ -145,6 +145,14 @@ class Runner(Protocol):
         Returns:
             (n,) int64 indices of the rows, and what became of them; valid until the next call.
         """
+
+    @property
+    def kept(self) -> bool:
+        """True if `StepGuard.keep` ran inside this step's CUDA graph."""
+
+    @property
+    def nearly_done(self) -> bool:
+        """True if the device is known to be at the end of this step's forward pass."""
 
     def at_gate(self) -> AbstractContextManager[None]:
         """Device work that waits for the gate's layer only, not for the rest of the forward pass.
@@ -329,7 +337,8 @@ class StepGuard:
         self._ended: OrderedDict[str, GuardedRequest] = OrderedDict()
         self._active: dict[str, GuardedRequest] = {}  # that are steered, or failed
         self._fresh: list[SamplingRow] = []  # that sample their first token in this step
-        self._fresh_scores: Later | None = None
+        self._fresh_scores: Tensor | None = None  # (n,) on the device
+        self._early: Later | None = None  # the same on their way, where they are read early
         self._fresh_asked: Tensor | None = None  # (n, 4) on the device: rows and places
         self._tentative: dict[str, Tentative] = {}  # of this step
         self._agrees: Tensor | None = None  # (n,) on the device: 1 where a zone is the score's
@@ -411,31 +420,54 @@ class StepGuard:
         """
         if not self.awake:
             return False
-        if not self._reads:
-            self._reads = [
-                SlotReads(runner.n_slots, len(weight), self._device)
-                for _, weight in self._projections()
-            ]
         self.n_steps += 1
         self.settle()
         new = (name for name in runner.request_ids if name not in self.requests)
         unknown = {name for name in new if not self.spared(name)}
         self._fresh = runner.sampling_rows(unknown) if unknown else []
-        with runner.at_gate() if self._fresh else nullcontext():
-            slots = runner.slots_written()
-            written = [
-                (runner.hidden(layer), weight, reads)
-                for reads, (layer, weight) in zip(self._reads, self._projections(), strict=True)
-            ]
-            if self._kernels is not None:
-                into = [(hidden, weight, reads.kept) for hidden, weight, reads in written]
-                self._kernels.project_tokens(into, slots)
-            else:
-                for hidden, weight, reads in written:
-                    reads.write(slots, hidden, weight)
+        waits = bool(self._fresh) and (runner.nearly_done or runner.n_ranks > 1)
+        with runner.at_gate() if self._fresh and not waits else nullcontext():
+            if self.rehearsing or not runner.kept:
+                self._keep_step(runner)
             if self._fresh:
-                self._fresh_scores = Later(self._read_gates(runner, self._fresh))
+                self._fresh_scores = self._read_gates(runner, self._fresh)
+                self._early = None if waits else Later(self._fresh_scores)
         return bool(self._fresh or self._active or self.on_base)
+
+    def keep(self, runner: Runner, hidden: Callable[[int], Tensor], slots: Tensor) -> None:
+        """Project tokens into their KV slots; with the kernels, inside a CUDA graph, too.
+
+        Args:
+            runner: whose slots they are.
+            hidden: layer → (≥ n_tokens, d_model), the residual stream before it.
+            slots: (n_tokens,) int64; negative ones are left out, with the kernels.
+        """
+        if not self._reads:
+            self._reads = [
+                SlotReads(runner.n_slots, len(weight), self._device)
+                for _, weight in self._projections()
+            ]
+        written = [
+            (hidden(layer)[: len(slots)], weight, reads)
+            for reads, (layer, weight) in zip(self._reads, self._projections(), strict=True)
+        ]
+        if self._kernels is not None:
+            into = [(states, weight, reads.kept) for states, weight, reads in written]
+            self._kernels.project_tokens(into, slots)
+        else:
+            for states, weight, reads in written:
+                reads.write(slots, states, weight)
+
+    def _keep_step(self, runner: Runner) -> None:
+        """`keep` the tokens of a step, or check that its CUDA graph did."""
+        slots = runner.slots_written()
+        if not runner.kept:
+            self.keep(runner, runner.hidden, slots)
+        if self._kernels is not None and self.rehearsing:
+            for reads, (layer, weight) in zip(self._reads, self._projections(), strict=True):
+                hidden = runner.hidden(layer)
+                summed = project(hidden.abs(), weight.abs())  # what rounding is in proportion to
+                _check_kernels("projection", reads.read(slots), project(hidden, weight), summed)
 
     @torch.inference_mode()
     def step(self, runner: Runner, logits: Tensor) -> Tensor:
@@ -536,10 +568,13 @@ class StepGuard:
             message = pool_message(kept(self._reads[1], places), there, read.n_heads)
         return probe_scores(self.artifact.probe, template, message)
 
-    def _refusal_probs(
+    def _readings(
         self, rows: Sequence[SamplingRow], logits: Tensor, scores: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(len(rows),) float32, and (len(rows),) float64 that is 1 where they agree with scores."""
+        """(2, len(rows)) float32 scores and refusal probabilities; (len(rows),) float64, 1: agree.
+
+        They agree where the probability lets the zone be the one that the score leads to.
+        """
         ids, weights = self.artifact.refusal_token_ids, self.artifact.refusal_token_weights
 
         def agreeing(prob: Tensor) -> Tensor:
@@ -549,55 +584,48 @@ class StepGuard:
             )
             return yes.double()
 
-        if self._kernels is not None and not self.rehearsing:
-            found: tuple[Tensor, Tensor] = self._kernels.refusal_probs(
-                logits, self._fresh_asked, ids, weights, scores, self._limits
-            )
-            return found
-        prob = refusal_probability(logits[[row.row for row in rows]], ids, weights)
+        found: tuple[Tensor, Tensor] | None = None
         if self._kernels is not None:
-            fused, agrees = self._kernels.refusal_probs(
+            found = self._kernels.gate_readings(
                 logits, self._fresh_asked, ids, weights, scores, self._limits
             )
-            _check_kernels("refusal probability", fused, prob)
-            _check_kernels("comparison of it", agrees, agreeing(fused))
-        return prob, agreeing(prob)
+        if found is None or self.rehearsing:
+            prob = refusal_probability(logits[[row.row for row in rows]], ids, weights)
+            if found is None:
+                return torch.stack([scores, prob]), agreeing(prob)
+            _check_kernels("refusal probability", found[0], torch.stack([scores, prob]))
+            _check_kernels("comparison of it", found[1], agreeing(found[0][1]))
+        return found
 
     def _open(self, runner: Runner, logits: Tensor) -> None:
         """Decide the zones of requests that sample their first token, or put it off.
 
-        The score is here long before the logits. Where it decides the zone alone, the refusal
-        probability is only recorded, and nobody waits for the end of the forward pass.
+        A score that was read early is here long before the logits. Where it decides the zone alone,
+        the refusal probability is only recorded, and nobody waits for the end of the forward pass.
         """
-        rows, later = self._fresh, self._fresh_scores
-        self._fresh, self._fresh_scores = [], None
-        if not rows or later is None:
+        rows, scores, early = self._fresh, self._fresh_scores, self._early
+        self._fresh, self._fresh_scores, self._early = [], None, None
+        if not rows or scores is None:
             return
         began = time.perf_counter()
-        probs, agrees = self._refusal_probs(rows, logits, later.values)
-        scores: list[float] = later.read()
-        states, waits = [], runner.n_ranks > 1
-        unsure: dict[str, Tentative] = {}
-        for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
+        readings, agrees = self._readings(rows, logits, scores)
+        arriving = Later(readings)
+        states = []
+        for row in rows:
             policy = self._policy_of(row) or self.policy
             session = GuardSession(self.artifact, policy, lockstep=runner.n_ranks > 1)
             states.append(GuardedRequest(session, row.n_prompt))
             self.requests[row.request_id] = states[-1]
-            waits |= row.position != 0 or self._policy_of(row) is None or not math.isfinite(score)
-            carrier, allowance = session.outlook(score)
-            if carrier is not None and allowance > 0.0:
-                unsure[row.request_id] = Tentative(carrier, allowance, i)
-        crowded = len(runner.request_ids) >= self.others_wait
-        if not (crowded and len(unsure) <= self.most_tentative):
-            waits |= bool(unsure)
 
-        def open_sessions(refusal_probs: list[float]) -> None:
-            readings = runner.agree(list(zip(scores, refusal_probs, strict=True)))
-            for row, state, reading in zip(rows, states, readings, strict=True):
+        def open_sessions(read: list[list[float]]) -> None:
+            agreed = runner.agree(list(zip(*read, strict=True)))
+            for row, state, reading in zip(rows, states, agreed, strict=True):
                 self._open_one(row, state, *reading)
 
-        arriving = Later(probs)
-        if waits or not self.late:
+        unsure = None
+        if early is not None and self.late:
+            unsure = self._unsure(len(runner.request_ids), rows, states, early.read())
+        if unsure is None:
             open_sessions(arriving.read())
         else:
             self._await(arriving, states, open_sessions)
@@ -605,6 +633,24 @@ class StepGuard:
         seconds = time.perf_counter() - began
         for state in states:
             state.gate_seconds = seconds
+
+    def _unsure(
+        self,
+        n_rows: int,
+        rows: Sequence[SamplingRow],
+        states: Sequence[GuardedRequest],
+        scores: Sequence[float],
+    ) -> dict[str, Tentative] | None:
+        """Requests whose zone hangs on their refusal probability; None: it has to be waited for."""
+        unsure: dict[str, Tentative] = {}
+        for i, (row, state, score) in enumerate(zip(rows, states, scores, strict=True)):
+            if row.position != 0 or self._policy_of(row) is None or not math.isfinite(score):
+                return None
+            carrier, allowance = state.session.outlook(score)
+            if carrier is not None and allowance > 0.0:
+                unsure[row.request_id] = Tentative(carrier, allowance, i)
+        crowded = n_rows >= self.others_wait and len(unsure) <= self.most_tentative
+        return unsure if crowded or not unsure else None
 
     def _agreement(self, unsure: Sequence[Tentative | None]) -> Tensor | None:
         """(n,) float64 that is 0 where a row has no budget after all; None: all have theirs."""
@@ -732,13 +778,20 @@ class StepGuard:
         return logits
 
 
-def _check_kernels(what: str, found: Tensor, wanted: Tensor) -> None:
+def _check_kernels(what: str, found: Tensor, wanted: Tensor, scale: Tensor | None = None) -> None:
     """Refuse to serve with kernels that do not compute what they should.
+
+    Args:
+        what: they compute.
+        found: by them.
+        wanted: the same shape.
+        scale: of the numbers that were summed up, likewise; None: that of `wanted`.
 
     Raises:
         NotArmedError: says how far they are off.
     """
-    gap = float(((found - wanted).abs() / wanted.abs().clamp(min=1.0)).max())
+    scale = wanted.abs() if scale is None else scale
+    gap = float(((found - wanted).abs() / scale.clamp(min=1.0)).max())
     if not gap <= _KERNELS_AGREE:
         raise NotArmedError(
             f"the GPU kernel of the {what} is off by {gap:.2g} from the same in PyTorch;"

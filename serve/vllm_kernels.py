@@ -14,6 +14,7 @@ float64, from the very values that were written, and goes back toward the base r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,9 +25,17 @@ from torch import Tensor
 from guard.kl import Moved
 from guard.probe import Probe
 
-__all__ = ["gate_scores", "mix_rows", "project_tokens", "refusal_probs"]
+__all__ = [
+    "StepRows",
+    "gate_readings",
+    "gate_scores",
+    "gather_rows",
+    "mix_rows",
+    "project_tokens",
+]
 
 _CHUNK = 4096
+_PART = 256  # of a chunk at once: float64 takes many registers
 _SEARCHES = 12
 _SHRINKS = (1e-6, 1e-4, 1e-2)  # what is given up beyond the estimate where rounding went over
 _N_STATE, _N_SUMS = 8, 8
@@ -169,8 +178,8 @@ def _written_kl(sums, row, n_chunks, t, CHUNKS: tl.constexpr, N_SUMS: tl.constex
 def _write_kernel(
     base, base_row, difference, difference_row, temperature, budget, spare,
     sums, sums_next, state, state_next, mixed, mixed_row, vocab, n_chunks, shrink,
-    FIRST: tl.constexpr, SPARE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    N_SUMS: tl.constexpr, N_STATE: tl.constexpr,
+    FIRST: tl.constexpr, SPARE: tl.constexpr, PART: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr, N_SUMS: tl.constexpr, N_STATE: tl.constexpr,
 ):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     state, state_next = state + row * N_STATE, state_next + row * N_STATE
@@ -196,29 +205,44 @@ def _write_kernel(
         tl.store(state_next + 7, faulty)
     out = sums_next + (row * n_chunks + chunk) * N_SUMS
     if go:
-        at = chunk * CHUNK + tl.arange(0, CHUNK)
-        inside = at < vocab
-        b, d, _broken = _load(base + row * base_row, difference + row * difference_row, at, inside)
-        m = tl.where(b == float("-inf"), b, b + t.to(tl.float32) * d)
-        m = tl.where(t == 0.0, b, m)
-        if SPARE:
-            m = tl.where(faulty > 0, tl.load(spare + at, mask=inside, other=0.0), m)
-        tl.store(mixed + row * mixed_row + at, m, mask=inside)
         scale = 1.0 / tl.load(temperature + row)
-        m64 = m.to(tl.float64) * scale
-        b64 = b.to(tl.float64) * scale
-        possible = inside & (b != float("-inf"))
-        weight = tl.where(possible, tl.exp(m64 - (top + t * shift)), 0.0)
-        moved = tl.where(weight > 0.0, m64 - t * shift - b64, 0.0)
-        tl.store(out, tl.sum(weight, 0))
-        tl.store(out + 1, tl.sum(weight * moved, 0))
-        tl.store(out + 2, tl.sum(tl.where(possible, tl.exp(b64 - top), 0.0), 0))
-        best = tl.max(tl.where(inside, m, float("-inf")), 0)
+        weights = tl.zeros((PART,), dtype=tl.float64)
+        moved, base_weights = weights, weights
+        best_m = tl.full((PART,), float("-inf"), dtype=tl.float32)
+        best_b = best_m
+        token_m = tl.zeros((PART,), dtype=tl.int32) + vocab
+        token_b = token_m
+        for start in range(0, CHUNK, PART):  # few registers, and one reduction at the end
+            at = chunk * CHUNK + start + tl.arange(0, PART)
+            inside = at < vocab
+            b, d, _broken = _load(
+                base + row * base_row, difference + row * difference_row, at, inside
+            )  # fmt: skip
+            m = tl.where(b == float("-inf"), b, b + t.to(tl.float32) * d)
+            m = tl.where(t == 0.0, b, m)
+            if SPARE:
+                m = tl.where(faulty > 0, tl.load(spare + at, mask=inside, other=0.0), m)
+            tl.store(mixed + row * mixed_row + at, m, mask=inside)
+            m64 = m.to(tl.float64) * scale
+            b64 = b.to(tl.float64) * scale
+            possible = inside & (b != float("-inf"))
+            weight = tl.where(possible, tl.exp(m64 - (top + t * shift)), 0.0)
+            weights += weight
+            moved += tl.where(weight > 0.0, weight * (m64 - t * shift - b64), 0.0)
+            base_weights += tl.where(possible, tl.exp(b64 - top), 0.0)
+            better = inside & (m > best_m)
+            best_m, token_m = tl.where(better, m, best_m), tl.where(better, at, token_m)
+            better = inside & (b > best_b)
+            best_b, token_b = tl.where(better, b, best_b), tl.where(better, at, token_b)
+        tl.store(out, tl.sum(weights, 0))
+        tl.store(out + 1, tl.sum(moved, 0))
+        tl.store(out + 2, tl.sum(base_weights, 0))
+        best = tl.max(best_m, 0)
         tl.store(out + 3, best.to(tl.float64))
-        tl.store(out + 4, tl.min(tl.where(inside & (m == best), at, vocab), 0).to(tl.float64))
-        best = tl.max(tl.where(inside, b, float("-inf")), 0)
+        tl.store(out + 4, tl.min(tl.where(best_m == best, token_m, vocab), 0).to(tl.float64))
+        best = tl.max(best_b, 0)
         tl.store(out + 5, best.to(tl.float64))
-        tl.store(out + 6, tl.min(tl.where(inside & (b == best), at, vocab), 0).to(tl.float64))
+        tl.store(out + 6, tl.min(tl.where(best_b == best, token_b, vocab), 0).to(tl.float64))
     else:
         i = tl.arange(0, N_SUMS)
         tl.store(out + i, tl.load(sums + (row * n_chunks + chunk) * N_SUMS + i))
@@ -296,7 +320,7 @@ def mix_rows(
             *rows, temperature, budget_nats, spare if spare is not None else moved.logits,
             sums[now], sums[then], state[now], state[then],
             moved.logits, moved.logits.stride(0), vocab, n_chunks, shrink,
-            FIRST=i == 0, SPARE=spare is not None, num_warps=16, **more,  # 216 registers at 8
+            FIRST=i == 0, SPARE=spare is not None, PART=_PART, num_warps=4, **more,
         )  # fmt: skip
         now = then
     _book_kernel[(n_rows,)](
@@ -468,55 +492,47 @@ def gate_scores(
 
 
 @triton.jit
-def _weigh_kernel(logits, row_stride, asked, asked_stride, sums, vocab, n_chunks,
-                  CHUNK: tl.constexpr):  # fmt: skip
-    prompt, chunk = tl.program_id(0), tl.program_id(1)
-    row = tl.load(asked + prompt * asked_stride).to(tl.int64)
-    at = chunk * CHUNK + tl.arange(0, CHUNK)
-    values = tl.load(logits + row * row_stride + at, mask=at < vocab, other=float("-inf"))
-    values = values.to(tl.float32)
-    top = tl.max(values, 0)
-    # a piece without a possible token weighs nothing; a NaN or +inf reaches the sum
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    out = sums + (prompt * n_chunks + chunk) * 2
-    tl.store(out, top)
-    tl.store(out + 1, tl.sum(tl.exp(values - shift), 0))
-
-
-@triton.jit
 def _refusal_kernel(
-    logits, row_stride, asked, asked_stride, sums, ids, weights, n_ids, scores, limits,
-    probs, agrees, n_chunks, CHUNKS: tl.constexpr, IDS: tl.constexpr,
+    logits, row_stride, vocab, asked, asked_stride, ids, weights, n_ids, scores, limits,
+    readings, agrees, n, CHUNK: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     prompt = tl.program_id(0)
     row = tl.load(asked + prompt * asked_stride).to(tl.int64)
-    i = tl.arange(0, CHUNKS)
-    there = i < n_chunks
-    part = sums + (prompt * n_chunks + i) * 2
-    tops = tl.load(part, mask=there, other=float("-inf"))
+    logits += row * row_stride
+    tops = tl.full((CHUNK,), float("-inf"), dtype=tl.float32)
+    for start in range(0, vocab, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        values = tl.load(logits + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+        tops = tl.maximum(tops, values)
     top = tl.max(tops, 0)
-    weight = tl.where(tops == float("-inf"), 0.0, tl.exp(tops - top))
-    total = tl.sum(tl.load(part + 1, mask=there, other=0.0) * weight, 0)
+    sums = tl.zeros((CHUNK,), dtype=tl.float32)
+    for start in range(0, vocab, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        values = tl.load(logits + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+        # a NaN, a +inf, or a row without a possible token makes the sum a NaN
+        sums += tl.where(at < vocab, tl.exp(values - top), 0.0)
     j = tl.arange(0, IDS)
     chosen = tl.load(ids + j, mask=j < n_ids, other=0)
-    value = tl.load(logits + row * row_stride + chosen, mask=j < n_ids, other=0.0).to(tl.float32)
+    value = tl.load(logits + chosen, mask=j < n_ids, other=0.0).to(tl.float32)
     share = tl.load(weights + j, mask=j < n_ids, other=0.0)
-    found = tl.sum(tl.where(j < n_ids, tl.exp(value - top) * share, 0.0), 0) / total
+    found = tl.sum(tl.where(j < n_ids, tl.exp(value - top) * share, 0.0), 0) / tl.sum(sums, 0)
     # a comparison, not a minimum, which could lose a NaN
     found = tl.where(found > 1.0, 1.0, found)
-    tl.store(probs + prompt, found)
-    score, found = tl.load(scores + prompt).to(tl.float64), found.to(tl.float64)
+    score = tl.load(scores + prompt)
+    tl.store(readings + prompt, score)
+    tl.store(readings + n + prompt, found)
+    score, found = score.to(tl.float64), found.to(tl.float64)
     raises = score > tl.load(limits)
     yes = tl.where(raises, found < tl.load(limits + 1), found > tl.load(limits + 2))
     tl.store(agrees + prompt, yes.to(tl.float64))
 
 
-def refusal_probs(
+def gate_readings(
     logits: Tensor, asked: Tensor, ids: Tensor, weights: Tensor, scores: Tensor, limits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`guard.gate.refusal_probability` of some rows, and whether it agrees with their scores.
+    """Scores and `guard.gate.refusal_probability` of some rows, and whether the two agree.
 
-    Two launches, and no copy of a row.
+    One launch, and no copy of a row.
 
     Args:
         logits: (n_rows, vocab), any float type, contiguous along the vocabulary.
@@ -528,18 +544,109 @@ def refusal_probs(
             is, and the one above which others are lowered.
 
     Returns:
-        (n,) float32 probabilities, NaN where a row holds one, or +inf; and (n,) float64, 1 where
-        the probability lets the zone be the one that the score leads to, and 0 elsewhere.
+        (2, n) float32 scores, and probabilities, NaN where a row holds one, or +inf; and (n,)
+        float64, 1 where the probability lets the zone be the one that the score leads to, else 0.
     """
     n, vocab = len(asked), logits.shape[1]
-    n_chunks = triton.cdiv(vocab, _CHUNK)
-    sums = torch.empty(n, n_chunks, 2, dtype=torch.float32, device=logits.device)
-    probs = torch.empty(n, dtype=torch.float32, device=logits.device)
+    readings = torch.empty(2, n, dtype=torch.float32, device=logits.device)
     agrees = torch.empty(n, dtype=torch.float64, device=logits.device)
-    rows = (logits, logits.stride(0), asked, asked.stride(0))
-    _weigh_kernel[(n, n_chunks)](*rows, sums, vocab, n_chunks, CHUNK=_CHUNK, num_warps=4)
     _refusal_kernel[(n,)](
-        *rows, sums, ids, weights, len(ids), scores, limits, probs, agrees, n_chunks,
-        CHUNKS=triton.next_power_of_2(n_chunks), IDS=triton.next_power_of_2(len(ids)), num_warps=1,
+        logits, logits.stride(0), vocab, asked, asked.stride(0), ids, weights, len(ids), scores,
+        limits, readings, agrees, n,
+        CHUNK=2 * _CHUNK, IDS=triton.next_power_of_2(len(ids)), num_warps=16,
     )  # fmt: skip
-    return probs, agrees
+    return readings, agrees
+
+
+@triton.jit(do_not_specialize=["n", "size"])
+def _gather_kernel(
+    numbers, only_if, n, size, ends, hidden, hidden_row, logits, logits_row, last, last_row,
+    seq_lens, table, table_row, d_model, vocab, n_blocks,
+    to_index, to_hidden, to_logits, to_last, to_seq_lens, to_table, to_table_row,
+    to_limits, limits_row,
+    ONLY_IF: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.load(numbers + i).to(tl.int64)
+    at = piece * BLOCK + tl.arange(0, BLOCK)
+    inside = at < vocab
+    tl.store(
+        to_logits + i * vocab + at,
+        tl.load(logits + row * logits_row + at, mask=inside),
+        mask=inside,
+    )
+    inside = at < d_model
+    token = tl.load(ends + row).to(tl.int64)
+    states = tl.load(hidden + token * hidden_row + at, mask=inside)
+    tl.store(to_hidden + i * d_model + at, states, mask=inside)
+    if LAST:
+        states = tl.load(last + row * last_row + at, mask=inside)
+        tl.store(to_last + i * d_model + at, states, mask=inside)
+    inside = at < n_blocks
+    blocks = tl.load(table + row * table_row + at, mask=inside)
+    tl.store(to_table + i * to_table_row + at, blocks, mask=inside)
+    if piece == 0:
+        tl.store(to_index + i, row)
+        tl.store(to_seq_lens + i, tl.load(seq_lens + row))
+        allowance = tl.load(numbers + size + i)
+        if ONLY_IF:
+            allowance *= tl.load(only_if + i, mask=i < n, other=0.0)
+        tl.store(to_limits + i, allowance)
+        tl.store(to_limits + limits_row + i, tl.load(numbers + 2 * size + i))
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """What steering needs of rows; of a whole step, or of some rows in their order.
+
+    Attributes:
+        hidden: (n_tokens, d_model) entering the carrier's layer; of some rows, one token each.
+        logits: (n_rows, vocab) of the base pass.
+        last: (n_rows, d_model): the normed last states that those were computed from.
+        seq_lens: (n_rows,) int32.
+        table: (n_rows, n_blocks) int32, contiguous along the blocks.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    last: Tensor
+    seq_lens: Tensor
+    table: Tensor
+
+
+def gather_rows(
+    numbers: Tensor,
+    only_if: Tensor | None,
+    ends: Tensor,
+    step: StepRows,
+    rows: StepRows,
+    index: Tensor,
+    limits: Tensor,
+    *,
+    with_last: bool,
+) -> None:
+    """Copy some rows of a step to where they are steered, and what each may spend: one launch.
+
+    Args:
+        numbers: (3, size) float64: rows, nats that each may spend, temperatures.
+        only_if: (n,) float64, n ≤ size: what the first n allowances are multiplied by, the others
+            by 0; None: by nothing.
+        ends: (n_rows,) places of the rows' last tokens.
+        step: to copy from.
+        rows: to copy to: buffers of at least `size` rows, contiguous.
+        index: (≥ size,) int64; gets the rows.
+        limits: (2, ≥ size) float64; gets allowances and temperatures.
+        with_last: copy `last`, too.
+    """
+    size, vocab = numbers.shape[1], step.logits.shape[1]
+    block = 2048
+    longest = max(vocab, rows.hidden.shape[1], rows.table.shape[1])
+    _gather_kernel[(size, triton.cdiv(longest, block))](
+        numbers, numbers if only_if is None else only_if, 0 if only_if is None else len(only_if),
+        size, ends, step.hidden, step.hidden.stride(0), step.logits, step.logits.stride(0),
+        step.last, step.last.stride(0), step.seq_lens, step.table, step.table.stride(0),
+        rows.hidden.shape[1], vocab, rows.table.shape[1],
+        index, rows.hidden, rows.logits, rows.last, rows.seq_lens, rows.table,
+        rows.table.stride(0), limits, limits.stride(0),
+        ONLY_IF=only_if is not None, LAST=with_last, BLOCK=block, num_warps=4,
+    )  # fmt: skip

@@ -27,7 +27,7 @@ from guard.errors import UnsupportedModelError
 from guard.kl import Moved
 from guard.policy import POLICY_FIELD
 from guard.steering import Carrier
-from serve.vllm_graphs import SteeringGraphs
+from serve.vllm_graphs import WITH_NULL_ROWS, SteeringGraphs
 from serve.vllm_guard import (
     MAX_STEERED,
     Runner,
@@ -65,6 +65,9 @@ class StepWork(Protocol):
     def copy_blocks(self, copies: Sequence[tuple[int, int]], n_blocks: int) -> None:
         """Follow a copy of whole KV blocks."""
 
+    def keep(self, runner: Runner, hidden: Callable[[int], Tensor], slots: Tensor) -> None:
+        """Keep what the gate needs of tokens, by KV slot; inside the CUDA graphs of decoding."""
+
     def begin(self, runner: Runner) -> bool:
         """True if `step` has to see the logits of this step."""
 
@@ -92,11 +95,12 @@ class ModelRunner:
         self._linear = _is_linear(self._model)
         self._starts = torch.arange(2 * MAX_STEERED + 1, dtype=torch.int32)
         self._starts_device = self._starts.to(runner.device)
-        self._mix: Callable[..., Moved] = kl.mix_rows
+        self._kernels: Any = None
         if torch.device(runner.device).type == "cuda" and has_triton():
             from serve import vllm_kernels
 
-            self._mix = vllm_kernels.mix_rows
+            self._kernels = vllm_kernels
+        self._mix: Callable[..., Moved] = self._kernels.mix_rows if self._kernels else kl.mix_rows
         if layers:
             _ask_for_hidden_states(runner, self._model, layers)
 
@@ -164,6 +168,16 @@ class ModelRunner:
             return readings
         agreed: list[tuple[float, float]] = group.broadcast_object(readings, src=0)
         return agreed
+
+    @property
+    def kept(self) -> bool:
+        """True if `StepWork.keep` ran inside this step's CUDA graph."""
+        return False
+
+    @property
+    def nearly_done(self) -> bool:
+        """True if the device is known to be at the end of this step's forward pass."""
+        return False
 
     def at_gate(self) -> AbstractContextManager[None]:
         """Device work as soon as the gate's layer has run; here, in the order of the calls."""
@@ -433,6 +447,36 @@ class _V1(ModelRunner):
         return int(self.state.scheduler_output.total_num_scheduled_tokens)
 
 
+class _Passing:
+    """Says when the device has come to a layer's attention.
+
+    Attention is called from Python between the pieces of the compiled model, whenever a step holds
+    a prompt. Steps of decoding alone are one CUDA graph: there nothing is noted.
+
+    Args:
+        layer: the decoder layer.
+        runner: who runs it, and remembers its stream, which takes a while to find.
+
+    Attributes:
+        event: recorded there in this step; None where Python did not come by.
+    """
+
+    def __init__(self, layer: nn.Module, runner: Any) -> None:
+        self.event: torch.cuda.Event | None = None
+        attention = getattr(getattr(layer, "self_attn", None), "attn", None)
+        if attention is None:
+            return
+        forward, event = attention.impl.forward, torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+        def noting_forward(*args: Any, **kwargs: Any) -> Any:
+            if not torch.cuda.is_current_stream_capturing():
+                event.record(vars(runner).get("main_stream"))
+                self.event = event
+            return forward(*args, **kwargs)
+
+        attention.impl.forward = noting_forward
+
+
 class _V2(ModelRunner):
     """One step of the V2 `GPUModelRunner`, inside its `sample`."""
 
@@ -440,44 +484,70 @@ class _V2(ModelRunner):
     aux: Any = None  # auxiliary hidden states
     tables: Any = None  # per KV cache group: (n_rows, n_blocks)
     slots: Any = None  # (n_groups, n_tokens)
+    last: Any = None  # (n_rows, d_model): the normed states that the logits are computed from
 
-    def __init__(self, runner: Any, layers: Sequence[int], gate_layer: int | None) -> None:
-        super().__init__(runner, layers)
+    def __init__(self, runner: Any, guard: StepWork) -> None:
+        super().__init__(runner, guard.layers)
         self.prompts: dict[str, tuple[Sequence[int], float, str | None]] = {}
         self.graphs: SteeringGraphs | None = None
-        self.gate_passed: torch.cuda.Event | None = None  # in this step, where Python sees it
         self._side = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call]
-        if gate_layer is not None:
-            self._watch(gate_layer)
+        self._gate: _Passing | None = None
+        self._end: _Passing | None = None
+        self._in_python = False  # this step's forward pass
+        self._n_keeping = 0  # CUDA graphs of the model that keep what the gate needs
+        if guard.gate_layer is not None:
+            layers = self._body.layers
+            self._gate = _Passing(layers[guard.gate_layer], runner)
+            self._end = _Passing(layers[max(len(layers) - 2, guard.gate_layer)], runner)
+            self._keep_in_graphs(guard)
 
-    def _watch(self, layer: int) -> None:
-        """Note when the device gets to the gate's layer.
+    def _keep_in_graphs(self, guard: StepWork) -> None:
+        """Let the CUDA graphs of decoding keep what the gate needs: no launch, no Python."""
+        forward, warm = self._model.forward, False
 
-        Attention is called from Python between the pieces of the compiled model, whenever a step
-        holds a prompt. Steps of decoding alone are one CUDA graph: there nothing is noted.
-        """
-        attention = getattr(getattr(self._body.layers[layer], "self_attn", None), "attn", None)
-        if attention is None:
-            return
-        forward = attention.impl.forward
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        def keeping_forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal warm
+            output = forward(*args, **kwargs)
+            self._in_python = True
+            capturing = torch.cuda.is_current_stream_capturing()
+            slots = _slots_of_forward()
+            if self._kernels is not None and slots is not None and (capturing or not warm):
+                aux = output[1]
+                guard.keep(self, lambda layer: aux[self._index[layer]], slots)
+                self._n_keeping += capturing
+                warm = True  # the kernel is compiled: before the first capture
+            return output
 
-        def noting_forward(*args: Any, **kwargs: Any) -> Any:
-            if not torch.cuda.is_current_stream_capturing():
-                event.record()
-                self.gate_passed = event
-            return forward(*args, **kwargs)
+        self._model.forward = keeping_forward
 
-        attention.impl.forward = noting_forward
+    def forget_step(self) -> None:
+        """A step begins."""
+        self._in_python = False
+        for passing in (self._gate, self._end):
+            if passing is not None:
+                passing.event = None
+
+    @property
+    def kept(self) -> bool:
+        """True if `StepWork.keep` ran inside this step's CUDA graph."""
+        graphs = getattr(getattr(self._runner, "cudagraph_manager", None), "graphs", ())
+        return not self._in_python and 0 < len(graphs) == self._n_keeping
+
+    @property
+    def nearly_done(self) -> bool:
+        """True if the device is known to be at the end of this step's forward pass."""
+        event = self._end.event if self._end is not None else None
+        return event is not None and bool(event.query())  # type: ignore[no-untyped-call]
 
     @contextmanager
     def at_gate(self) -> Iterator[None]:
         """Device work as soon as the gate's layer has run, beside the layers behind it."""
-        if self.gate_passed is None:
+        event = self._gate.event if self._gate is not None else None
+        if event is None:
             yield
             return
         main = torch.cuda.current_stream()
-        self._side.wait_event(self.gate_passed)
+        self._side.wait_event(event)
         with torch.cuda.stream(self._side):
             yield
         main.wait_stream(self._side)
@@ -491,16 +561,17 @@ class _V2(ModelRunner):
     def sampling_rows(self, wanted: Container[str]) -> list[SamplingRow]:
         """Their rows that sample; prompts that are not finished do not."""
         batch = self.batch
+        seen = (batch.num_computed_tokens_np + batch.num_scheduled_tokens).tolist()
+        due = batch.prefill_len_np.tolist()
         rows = []
         for row, request_id in enumerate(batch.req_ids):
-            if request_id not in wanted:
-                continue
-            seen = int(batch.num_computed_tokens_np[row] + batch.num_scheduled_tokens[row])
-            if seen < int(batch.prefill_len_np[row]):
+            if request_id not in wanted or seen[row] < due[row]:
                 continue
             prompt, temperature, policy = self.prompts[request_id]
-            position, n_prompt = seen - len(prompt), len(prompt)
-            rows.append(SamplingRow(row, request_id, position, n_prompt, temperature, policy))
+            n_prompt = len(prompt)
+            rows.append(
+                SamplingRow(row, request_id, seen[row] - n_prompt, n_prompt, temperature, policy)
+            )
         return rows
 
     def capture(self, carriers: Sequence[Carrier]) -> int:
@@ -521,13 +592,14 @@ class _V2(ModelRunner):
         longest = torch.full((2 * MAX_STEERED,), runner.max_model_len, dtype=torch.int32)
 
         def run(layer: int, hidden: Tensor, seq_lens: Tensor, table: Tensor) -> Tensor:
-            seen = longest[: len(hidden)]
-            return self.difference(self._run(layer, hidden, seq_lens, seen, table, groups))
+            return self._run(layer, hidden, seq_lens, longest[: len(hidden)], table, groups)
 
         free = torch.cuda.mem_get_info()[0]
         graphs = SteeringGraphs(
             run,
-            self._mix,
+            self.difference,
+            self._kernels,
+            null_rows=WITH_NULL_ROWS,
             max_rows=min(MAX_STEERED, runner.max_num_reqs),
             d_model=runner.model_config.get_hidden_size(),
             n_blocks=runner.block_tables.input_block_tables[0].shape[1],
@@ -543,14 +615,14 @@ class _V2(ModelRunner):
         """Shadow pass, null rows beside steered ones, and mixture of some rows."""
         if self.graphs is None or not self.graphs.can(work):
             return super().steer(work, logits)
-        return self.graphs.steer(
-            work,
-            hidden=self.hidden(work.carrier.layer),
-            ends=self.batch.logits_indices,
-            logits=logits,
-            seq_lens=self.batch.seq_lens,
-            table=self.tables[0],
+        step = self._kernels.StepRows(
+            self.hidden(work.carrier.layer),
+            logits,
+            self.last,
+            self.batch.seq_lens,
+            self.tables[0],
         )
+        return self.graphs.steer(work, step, self.batch.logits_indices)
 
     def graph_gap(self, carrier: Carrier, rows: Sequence[int], logits: Tensor) -> float:
         """How far captured steering is from the same without graphs, in standard deviations."""
@@ -630,7 +702,7 @@ def _attach_v2(runner: Any, guard: StepWork) -> ModelRunner:
         raise UnsupportedModelError(
             "--enable-lora is guarded on the V1 model runner only: set VLLM_USE_V2_MODEL_RUNNER=0"
         )
-    view = _V2(runner, guard.layers, guard.gate_layer)
+    view = _V2(runner, guard)
     model = runner.get_model()
     execute_model, prepare_attn = runner.execute_model, runner.prepare_attn
     sample_tokens, sample = runner.sample_tokens, runner.sample
@@ -647,7 +719,7 @@ def _attach_v2(runner: Any, guard: StepWork) -> ModelRunner:
                     _temperature(params),
                     _policy(params),
                 )
-        view.gate_passed = None
+        view.forget_step()
         return execute_model(scheduler_output, *args, **kwargs)
 
     def noting_prepare_attn(input_batch: Any) -> Any:
@@ -665,10 +737,16 @@ def _attach_v2(runner: Any, guard: StepWork) -> ModelRunner:
             return sample(*args, **kwargs)
         # `compute_logits` also serves prompt logprobs and dummy runs: it is ours only in here.
         compute_logits = model.compute_logits
-        model.compute_logits = lambda hidden: guard.step(view, compute_logits(hidden))
+
+        def guarded_logits(hidden: Tensor) -> Tensor:
+            view.last = hidden
+            return guard.step(view, compute_logits(hidden))
+
+        model.compute_logits = guarded_logits
         try:
             return sample(*args, **kwargs)
         finally:
+            view.last = None
             del model.compute_logits
 
     runner.execute_model = guarded_execute_model
@@ -686,6 +764,15 @@ def _follow(guard: StepWork, view: ModelRunner, scheduler_output: Any) -> None:
     copies = getattr(scheduler_output, "kv_cache_block_copies", None)
     if copies:
         guard.copy_blocks([(c.src_block_id, c.dst_block_id) for c in copies], view.n_blocks)
+
+
+def _slots_of_forward() -> Tensor | None:
+    """(n_tokens,) KV slots of the forward pass that runs; None: it has none, as in profiling."""
+    from vllm.forward_context import get_forward_context
+
+    slots = get_forward_context().slot_mapping
+    found: Tensor | None = next(iter(slots.values()), None) if isinstance(slots, dict) else None
+    return found
 
 
 @contextmanager

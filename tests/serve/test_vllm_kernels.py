@@ -219,7 +219,10 @@ def test_refusal_probabilities_are_the_gates(vocab: int) -> None:
     wanted = refusal_probability(logits[[4, 1, 2]], ids, weights)
     for cut in (0.0, float(wanted[0]), 0.5):
         limits = torch.tensor([1.0, cut, cut], dtype=torch.float64, device=DEVICE)
-        found, agrees = vllm_kernels.refusal_probs(logits, asked, ids, weights, scores, limits)
+        (told, found), agrees = vllm_kernels.gate_readings(
+            logits, asked, ids, weights, scores, limits
+        )
+        assert torch.equal(told, scores)
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-7)
         first, second, third = found.tolist()
         assert agrees.tolist() == [first < cut, second > cut, third < cut]
@@ -228,13 +231,66 @@ def test_refusal_probabilities_are_the_gates(vocab: int) -> None:
 
 def test_a_broken_row_has_no_refusal_probability() -> None:
     torch.manual_seed(7)
-    logits = torch.randn(3, 4200, device=DEVICE)
+    logits = torch.randn(4, 4200, device=DEVICE)
     logits[0, 4150] = float("nan")
     logits[1, 3] = float("inf")
-    asked = torch.arange(3, dtype=torch.int32, device=DEVICE).unsqueeze(1)
+    logits[3] = float("-inf")
+    asked = torch.arange(4, dtype=torch.int32, device=DEVICE).unsqueeze(1)
     ids, weights = torch.tensor([9], device=DEVICE), torch.ones(1, device=DEVICE)
-    scores = torch.tensor([5.0, -5.0, 5.0], device=DEVICE)
+    scores = torch.tensor([5.0, -5.0, 5.0, 5.0], device=DEVICE)
     limits = torch.tensor([0.0, 2.0, -1.0], dtype=torch.float64, device=DEVICE)
-    found, agrees = vllm_kernels.refusal_probs(logits, asked, ids, weights, scores, limits)
-    assert found.isnan().tolist() == [True, True, False]
-    assert agrees.tolist() == [0.0, 0.0, 1.0]  # what is not known lets nothing be steered
+    (_, found), agrees = vllm_kernels.gate_readings(logits, asked, ids, weights, scores, limits)
+    assert found.isnan().tolist() == [True, True, False, True]
+    assert agrees.tolist() == [0.0, 0.0, 1.0, 0.0]  # what is not known lets nothing be steered
+
+
+def test_tied_tokens_flip_to_the_first_of_them_as_in_pytorch() -> None:
+    torch.manual_seed(8)
+    base, difference = passes(3, 9001, 1.0, 0.0)
+    base[0, [40, 600, 5000, 9000]] = 9.0  # within a piece, across pieces and chunks
+    base[1, 8000], base[1, 100] = 9.0, 8.0
+    difference[1, 100] = 2.0
+    base[2, [4096, 4095]] = 9.0
+    difference[2, 4095] = -4.0
+    budgets = torch.full((3,), 64.0, dtype=torch.float64, device=DEVICE)
+    found = vllm_kernels.mix_rows(base, difference, budgets, torch.ones_like(budgets))
+    assert found.logits.argmax(1).tolist() == [40, 100, 4096]
+    assert found.outcome[:, 1].tolist() == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("with_last", [True, False])
+def test_rows_are_gathered_with_their_allowances(told: bool, with_last: bool) -> None:
+    torch.manual_seed(9)
+    n_rows, vocab, d_model, n_blocks = 6, 5000, 70, 9
+    step = vllm_kernels.StepRows(
+        torch.randn(11, d_model, device=DEVICE).to(torch.bfloat16),
+        torch.randn(n_rows, vocab, device=DEVICE).to(torch.bfloat16),
+        torch.randn(n_rows, d_model, device=DEVICE).to(torch.bfloat16),
+        torch.arange(20, 20 + n_rows, dtype=torch.int32, device=DEVICE),
+        torch.randint(100, (n_rows, n_blocks), dtype=torch.int32, device=DEVICE),
+    )
+    ends = torch.tensor([0, 2, 3, 6, 9, 10], device=DEVICE)
+    rows = vllm_kernels.StepRows(
+        *[torch.zeros_like(part) for part in (step.hidden, step.logits, step.last)],
+        torch.zeros_like(step.seq_lens),
+        torch.zeros(n_rows, n_blocks + 3, dtype=torch.int32, device=DEVICE)[:, :n_blocks],
+    )
+    index = torch.full((n_rows,), -1, device=DEVICE)
+    limits = torch.full((2, n_rows), -1.0, dtype=torch.float64, device=DEVICE)
+    wanted = [5, 0, 3, 5]
+    numbers = torch.tensor(
+        [wanted, [1.0, 2.0, 3.0, 0.0], [0.5, 1.0, 2.0, 1.0]], dtype=torch.float64, device=DEVICE
+    )
+    only_if = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64, device=DEVICE) if told else None
+    vllm_kernels.gather_rows(numbers, only_if, ends, step, rows, index, limits, with_last=with_last)
+    assert index.tolist() == [*wanted, -1, -1]
+    assert torch.equal(rows.hidden[:4], step.hidden[ends[wanted]])
+    assert torch.equal(rows.logits[:4], step.logits[wanted])
+    assert torch.equal(rows.last[:4], step.last[wanted]) is with_last
+    assert torch.equal(rows.seq_lens[:4], step.seq_lens[wanted])
+    assert torch.equal(rows.table[:4], step.table[wanted])
+    assert not bool(rows.logits[4:].any())
+    assert not bool(rows.table[4:].any())
+    assert limits[0].tolist() == [1.0, 0.0 if told else 2.0, 3.0, 0.0, -1.0, -1.0]
+    assert limits[1].tolist() == [0.5, 1.0, 2.0, 1.0, -1.0, -1.0]
