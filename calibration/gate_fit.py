@@ -34,6 +34,7 @@ __all__ = [
     "fit_probe",
     "fit_thresholds",
     "gate_measurements",
+    "joined",
     "template_window",
 ]
 
@@ -125,6 +126,24 @@ class Labelled(Group):
         return total / self.messages.lengths.unsqueeze(1)
 
 
+def joined(one: Labelled, other: Labelled) -> Labelled:
+    """Both groups' prompts, one after the other, with the layers that the second has."""
+    places = [list(one.layers).index(layer) for layer in other.layers]
+    messages = None
+    if one.messages is not None and other.messages is not None:
+        hidden = {
+            layer: torch.cat([one.messages.hidden[layer], tokens])
+            for layer, tokens in other.messages.hidden.items()
+        }
+        messages = Messages(hidden, torch.cat([one.messages.lengths, other.messages.lengths]))
+    return Labelled(
+        [*one.prompts, *other.prompts],
+        other.layers,
+        torch.cat([one.hidden[:, places], other.hidden]),
+        messages,
+    )
+
+
 @dataclass(frozen=True)
 class FittedProbe:
     """The gate's probe and where it reads.
@@ -186,11 +205,22 @@ def fit_probe(
     """
     if not layers:
         raise InputError("the probe needs at least one layer")
-    message_layer = None
+    message_layer, means = None, None
     if train.messages is not None:
-        found = {at: _ridge(train, validation, at, None, window) for at in train.messages.hidden}
-        message_layer = max(found, key=found.__getitem__)
-    layer = max(layers, key=lambda at: _ridge(train, validation, message_layer, at, window))
+        found = {}
+        for at in train.messages.hidden:
+            pair = train.message(at), validation.message(at)
+            found[at] = _ridge(train, validation, *pair), pair
+        message_layer = max(found, key=lambda at: found[at][0])
+        means = found[message_layer][1]
+    separation = {}
+    for at in layers:
+        of_train, of_others = train.template(at, window), validation.template(at, window)
+        if means is not None:
+            of_train = torch.cat([means[0], of_train], 1)
+            of_others = torch.cat([means[1], of_others], 1)
+        separation[at] = _ridge(train, validation, of_train, of_others)
+    layer = max(layers, key=separation.__getitem__)
     inputs, others = (
         _Inputs.of(data, layer, window, message_layer, device) for data in (train, validation)
     )
@@ -266,24 +296,24 @@ class _Net(torch.nn.Module):
             query, value, template = query * keep, value * keep, template * keep_template
         features = inputs.template @ template.T
         if inputs.message is not None:
-            heads = self._attend(inputs.message, inputs.owner, query, value, features)
+            # One product for both: on a CPU it is bound by reading the tokens.
+            projected = inputs.message @ torch.cat([query, value]).T
+            heads = self._attend(projected, inputs.owner, features)
             features = torch.cat([heads, features], 1)
         hidden = torch.nn.functional.gelu(self.hidden(features))
         hidden = torch.nn.functional.dropout(hidden, dropout)
         logits: Tensor = self.out(hidden).squeeze(1)
         return logits
 
-    def _attend(
-        self, message: Tensor, owner: Tensor, query: Tensor, value: Tensor, like: Tensor
-    ) -> Tensor:
+    def _attend(self, projected: Tensor, owner: Tensor, like: Tensor) -> Tensor:
         """(n, n_heads · n_values): `pool_message` without padding."""
-        n, logits = len(like), message @ query.T
+        n, logits, values = len(like), projected[:, :_N_HEADS], projected[:, _N_HEADS:]
         highest = like.new_full((n, _N_HEADS), float("-inf")).scatter_reduce(
             0, owner.unsqueeze(1).expand(-1, _N_HEADS), logits.detach(), "amax"
         )
         weights = (logits - highest[owner]).exp()
         total = like.new_zeros(n, _N_HEADS).index_add(0, owner, weights)
-        shares, values = weights / total[owner], message @ value.T
+        shares = weights / total[owner]
         heads = [
             like.new_zeros(n, _N_VALUES).index_add(0, owner, shares[:, h : h + 1] * values)
             for h in range(_N_HEADS)
@@ -379,20 +409,8 @@ def _scaled(probe: Probe, scores: Tensor, data: Group) -> Probe:
     return Probe(probe.template, out, probe.message, probe.n_heads, probe.hidden)
 
 
-def _ridge(
-    train: Labelled,
-    validation: Labelled,
-    message_layer: int | None,
-    layer: int | None,
-    window: tuple[int, ...],
-) -> float:
-    """AUROC on validation of a weighted ridge regression on the means over message and window."""
-
-    def read(data: Labelled) -> Tensor:
-        parts = [] if message_layer is None else [data.message(message_layer)]
-        return torch.cat(parts + ([] if layer is None else [data.template(layer, window)]), 1)
-
-    features, others = read(train), read(validation)
+def _ridge(train: Group, validation: Group, features: Tensor, others: Tensor) -> float:
+    """AUROC on validation of a weighted ridge regression on features of both groups' prompts."""
     scale = _scale(features)
     features, others = _standard(features, scale), _standard(others, scale)
     balance = torch.tensor(balanced(train), dtype=torch.float32).unsqueeze(1)

@@ -43,6 +43,7 @@ from calibration.gate_fit import (
     fit_probe,
     fit_thresholds,
     gate_measurements,
+    joined,
     template_window,
 )
 from calibration.geometry import effective_rank, participation_ratio, split_half_cosine
@@ -268,7 +269,7 @@ def calibrate_subject(
         *spread(splits.train, "benign", "ordinary", _DIRECTION_PROMPTS),
     ]
     longer = _longer(subject, splits.train, config)
-    progress.stage("capture hidden states", len(used) + len(leading) + len(longer))
+    progress.stage("capture hidden states", len(used) + len(longer))
     middle = range(max(1, n_layers // 2), max(3, 5 * n_layers // 8 + 1), max(1, n_layers // 8))
     message_layers = sorted({max(1, round(share * n_layers)) for share in _MESSAGE_DEPTHS})
 
@@ -277,12 +278,15 @@ def calibrate_subject(
     ) -> Labelled:
         return capture(subject, group, at, of_message, config.batch_size, work, name, progress)
 
-    directions = captured("directions", leading, range(n_layers), ())
+    # Of some training prompts every layer is kept, for directions.
+    directions = captured("directions", leading, range(n_layers), message_layers)
+    kept = {id(prompt) for prompt in leading}
+    rest = [prompt for prompt in splits.train if id(prompt) not in kept]
     # The copies are trained on and nothing else: thresholds are promised for prompts as they come.
-    groups = replace(splits, train=(*splits.train, *longer))
-    train, validation, calibration, test = (
-        captured(name, getattr(groups, name), middle, message_layers)
-        for name in ("train", "validation", "calibration", "test")
+    train = joined(directions, captured("train", [*rest, *longer], middle, message_layers))
+    validation, calibration, test = (
+        captured(name, getattr(splits, name), middle, message_layers)
+        for name in ("validation", "calibration", "test")
     )
     clock.lap("capture")
 
