@@ -21,9 +21,19 @@ from calibration.statistics import mean_interval
 from calibration.subject import Subject
 from guard.artifact import Interval
 from guard.gate import refusal_logit, refusal_probability
+from guard.kl import mix_within_budget
 from guard.shadow import BaseStep
 
-__all__ = ["Admission", "Bench", "Effect", "RefusalTokens", "admit", "dose_response", "measure"]
+__all__ = [
+    "Admission",
+    "Bench",
+    "Effect",
+    "RefusalTokens",
+    "admit",
+    "dose_response",
+    "measure",
+    "opening_refusal",
+]
 
 Sign = Literal["raise", "lower"]
 _SCALES = (1.0, 2.0, 4.0)
@@ -217,6 +227,43 @@ def dose_response(
     kl = torch.stack([tilt.kl_nats for tilt in tilts])
     refusals = torch.stack([tilt.refusal_prob(bench.tokens)[n_safe:].mean() for tilt in tilts])
     return kl[:, :n_safe].mean(1).cpu(), kl[:, n_safe:].mean(1).cpu(), refusals.cpu()
+
+
+@torch.inference_mode()
+def opening_refusal(
+    subject: Subject,
+    bench: Bench,
+    candidate: Candidate,
+    sign: Sign,
+    scale: float,
+    rows: Sequence[int],
+    budget_nats: float,
+) -> Interval:
+    """How likely a response sampled at temperature 1 opens with a refusal, steered as in serving.
+
+    An expectation over the first token, mixed exactly within the budget, so nothing is drawn: a
+    greedy response shows only which token is the most likely one.
+
+    Args:
+        subject: the model.
+        bench: prompts, run once.
+        candidate: the direction.
+        sign: toward refusal or away from it.
+        scale: factor on the direction.
+        rows: of the bench, at least one.
+        budget_nats: of each response, ≥ 0.
+
+    Returns:
+        The mean over the rows, a probability.
+    """
+    base = bench.step.logits[list(rows)].float()
+    hidden = bench.step.last_hidden(candidate.layer)[list(rows)].float()
+    carrier = candidate.carrier(scale if sign == "raise" else -scale)
+    steered = subject.shadow(bench.step, rows, candidate.layer, carrier.apply(hidden))
+    budgets = torch.full((len(rows),), budget_nats, dtype=torch.float64)
+    mixed = mix_within_budget(base, steered, budgets.to(base.device)).logits
+    opens = refusal_probability(mixed, bench.tokens.ids, bench.tokens.weights)
+    return mean_interval(opens, bench.seed)
 
 
 def _scale_up(

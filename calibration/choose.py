@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from calibration.causal import (
     admit,
     dose_response,
     measure,
+    opening_refusal,
 )
 from calibration.config import CalibrationConfig
 from calibration.directions import Candidate
@@ -55,6 +56,8 @@ from guard.policy import Policy
 
 __all__ = ["SIGNS", "Choice", "Draft", "choose", "make_bench", "refined", "sweep"]
 
+_T = TypeVar("_T")
+
 SIGNS: tuple[Sign, ...] = ("raise", "lower")
 _SAFE_ROWS = 32
 _TARGET_ROWS = 24
@@ -67,6 +70,8 @@ _LAYERS_APART = 2
 _LAYERS_TRIED = 8
 _STARTS_APART = 4
 _CONFIRM_SCALES = (1.0, 2.0)
+_RAISE_PENALTY = 0.02
+_OPENINGS_APART = 0.03
 _DOSES = torch.tensor([0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0])
 
 
@@ -175,15 +180,21 @@ def refined(
     lessons = teach(subject, heard, responses, tokens, sign, layers) if starts else None
     if lessons is None:
         return []
-    settings = RefineSettings(steps=config.refine_steps)
+    settings = _refinement(sign, config)
+
+    def opens(stage: Effect) -> float:
+        rows, nats = bench.targets[sign], _budget(sign, config)
+        candidate, scale = stage.candidate, stage.scale
+        return opening_refusal(subject, bench, candidate, sign, scale, rows, nats).value
+
     found: list[Effect] = []
     for start in starts:
         for seed in range(config.refine_seeds):
             stages = list(refine(subject, lessons, start, sign, settings, config.seed + seed))
             measured = measure(subject, bench, stages, sign)
-            best = max(measured, key=lambda e: e.shift_per_nat)
-            found.append(best)
-            progress.note(f"{sign}: refined layer {start.layer}: shift {best.shift}")
+            best = _most_refusing(measured, opens) if sign == "raise" else measured
+            found.append(max(best, key=lambda e: e.shift_per_nat))
+            progress.note(f"{sign}: refined layer {start.layer}: shift {found[-1].shift}")
             progress.advance(1)
     return found
 
@@ -233,17 +244,14 @@ def choose(
         trial
         for admission in admitted
         for factor in _factors(admission)
-        if (trial := draft.confirm(admission, factor, chosen, sign, prompts, base, progress))
+        if (trial := draft.confirm(bench, admission, factor, chosen, sign, prompts, base, progress))
     ]
     if not trials:
         return None, (
             f"no {sign} candidate is admissible: {len(admitted)} stand apart from chance, but none"
             " changes responses and keeps them coherent"
         )
-    # The greatest effect; among those within one prompt of it, the one that spends least.
-    most = max(_gain(trial, sign) for trial in trials)
-    nearly = [t for t in trials if (most - _gain(t, sign)) * len(prompts) < 1.5]
-    best = min(nearly, key=lambda t: t.rates["kl_nats"].value)
+    best = _best(trials, sign)
     candidate = best.effect.candidate
     curve = dose_response(draft.subject, bench, candidate, sign, best.scale, _DOSES)
     return replace(best, doses=torch.stack([_DOSES, *curve], 1)), ""
@@ -299,6 +307,7 @@ class Draft:
 
     def confirm(
         self,
+        bench: Bench,
         admission: Admission,
         factor: float,
         chosen: dict[Sign, Choice],
@@ -325,11 +334,21 @@ class Draft:
             base,
         )
         rates = compare(pairs, self.config.seed)
+        rates["sampled_opening_refuses"] = opening_refusal(
+            self.subject,
+            bench,
+            admission.effect.candidate,
+            sign,
+            scale,
+            bench.confirming[sign],
+            _budget(sign, self.config),
+        )
         trial = replace(trial, confirmed=pairs, rates=rates)
         progress.note(
             f"{sign}: layer {admission.effect.candidate.layer} × {scale:g}: refused"
             f" {rates['refused_base'].value:.2f} → {rates['refused_guarded'].value:.2f},"
-            f" {rates['kl_nats'].value:.2f} nats"
+            f" {rates['kl_nats'].value:.2f} nats; sampled responses open refusing"
+            f" {rates['sampled_opening_refuses'].value:.2f}"
         )
         added = rates["incoherent_guarded"].value - rates["incoherent_base"].value
         useful = _gain(trial, sign) > 0 and added * len(pairs) <= 1.0
@@ -451,6 +470,40 @@ def _kind(candidate: Candidate) -> tuple[int, str]:
 def _alike(one: Candidate, other: Candidate) -> bool:
     (layer, family), (other_layer, other_family) = _kind(one), _kind(other)
     return family == other_family and abs(layer - other_layer) < _LAYERS_APART
+
+
+def _budget(sign: Sign, config: CalibrationConfig) -> float:
+    return config.raise_budget_nats if sign == "raise" else config.lower_budget_nats
+
+
+def _refinement(sign: Sign, config: CalibrationConfig) -> RefineSettings:
+    """A direction is refined at the budget it will be given.
+
+    What raises may be strong: a request's budget bounds what it does to a safe prompt, and at a
+    budget of one nat a direction is learned that cannot spend the other three (docs/LOG.md).
+    """
+    learned = RefineSettings(steps=config.refine_steps, budget_nats=_budget(sign, config))
+    return replace(learned, penalty=_RAISE_PENALTY) if sign == "raise" else learned
+
+
+def _best(trials: Sequence[Choice], sign: Sign) -> Choice:
+    """The trial with the greatest effect on greedy responses, as far as these tell trials apart.
+
+    Under most carriers that raise nearly all of these are refused. So of the trials within one
+    prompt of the best, those are kept under which sampled responses open refusing about as often as
+    under any. Of what is left, the one that spends least is taken.
+    """
+    most = max(_gain(trial, sign) for trial in trials)
+    nearly = [t for t in trials if (most - _gain(t, sign)) * len(t.confirmed) < 1.5]
+    if sign == "raise":
+        nearly = _most_refusing(nearly, lambda t: t.rates["sampled_opening_refuses"].value)
+    return min(nearly, key=lambda t: t.rates["kl_nats"].value)
+
+
+def _most_refusing(found: Sequence[_T], opens: Callable[[_T], float]) -> list[_T]:
+    """Those whose probability of opening with a refusal is not plainly below the highest."""
+    probs = [opens(one) for one in found]
+    return [one for one, p in zip(found, probs, strict=True) if p > max(probs) - _OPENINGS_APART]
 
 
 def _gain(choice: Choice, sign: Sign) -> float:

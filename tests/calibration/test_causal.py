@@ -20,11 +20,16 @@ from calibration.causal import (
     admit,
     dose_response,
     measure,
+    opening_refusal,
     tilt,
 )
 from calibration.directions import Candidate
+from calibration.evaluate import force
 from calibration.transformers_subject import TransformersSubject
-from guard.artifact import Interval
+from guard.artifact import CarrierArtifact, Interval
+from guard.gate import Zone, refusal_probability
+from guard.policy import Policy
+from guard.session import GuardSession
 from tests.tiny_refuser import (
     PLANTED_LAYER,
     REFUSAL_TEXT,
@@ -273,3 +278,54 @@ def test_the_dose_response_begins_at_the_base_and_rises(
     assert float(refusal[-1]) > 0.75 > 0.55 > float(refusal[0])
     _, _, lowered = dose_response(subject, bench, planted(), "lower", 1.0, doses)
     assert float(lowered[-1]) < 0.2 < 0.55 < float(lowered[0])
+
+
+# --- sampled openings -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sign", ["raise", "lower"])
+def test_a_larger_budget_opens_more_refusals_until_the_carrier_is_spent(
+    subject: TransformersSubject, bench: Bench, sign: Sign
+) -> None:
+    rows = bench.targets[sign]
+    found = [
+        opening_refusal(subject, bench, planted(), sign, 1.0, rows, nats)
+        for nats in (0.0, 0.1, 0.4, 30.0, 60.0)
+    ]
+    opens = [interval.value for interval in found]
+    tokens = bench.tokens
+    alone = refusal_probability(bench.step.logits[rows], tokens.ids, tokens.weights)
+    assert opens[0] == pytest.approx(float(alone.mean()), abs=1e-6)
+    assert opens[3] == opens[4]  # all that there is
+    ordered = opens[:4] if sign == "raise" else opens[3::-1]
+    assert ordered[0] < ordered[1] < ordered[2] < ordered[3]
+    assert {interval.n for interval in found} == {16}
+
+
+@pytest.mark.parametrize(("sign", "zone"), [("raise", Zone.RAISE), ("lower", Zone.LOWER)])
+def test_it_is_how_often_served_responses_open_with_a_refusal(
+    subject: TransformersSubject,
+    bench: Bench,
+    tiny_guard: CarrierArtifact,
+    sign: Sign,
+    zone: Zone,
+) -> None:
+    """Drawn at temperature 1, through sessions that keep the budget."""
+    n_draws, nats, rows = 200, 0.3, bench.targets[sign]
+    expected = opening_refusal(subject, bench, planted(), sign, 1.0, rows, nats).value
+    guard = replace(
+        tiny_guard, raise_carrier=planted().carrier(1.0), lower_carrier=planted().carrier(-1.0)
+    )
+    policy = Policy(raise_budget_nats=nats, lower_budget_nats=nats)
+    refusing, opened = bench.tokens.ids.tolist(), 0
+    for row in rows:
+        sessions = [GuardSession(guard, policy) for _ in range(n_draws)]
+        for session in sessions:
+            session.open(force(guard, zone))
+        prompt = subject.encode(bench.prompts[row])
+        seeds = range(row * n_draws, (row + 1) * n_draws)
+        drawn = subject.respond([prompt] * n_draws, 1, sessions, 1.0, seeds)
+        opened += sum(response[0] in refusing for response in drawn if response)
+    # four standard errors of 3,200 draws, at most
+    assert opened / (n_draws * len(rows)) == pytest.approx(expected, abs=4 * (0.25 / 3200) ** 0.5)
+    assert 0.05 < expected < 0.95

@@ -143,6 +143,30 @@ def test_a_refined_direction_does_more_at_the_same_budget_than_where_it_began(
     assert towards * gain > 0.1
 
 
+def test_at_four_nats_a_direction_refined_for_them_does_more_than_one_refined_for_one(
+    heard: Heard,
+) -> None:
+    subject = heard.subject
+    layer = subject.identity.n_layers // 2
+    lessons = teach(subject, heard.prompts, heard.responses, heard.tokens, "raise", [layer])
+    assert lessons is not None
+    noise = torch.randn(subject.identity.d_model, generator=torch.Generator().manual_seed(0))
+    start = Candidate(layer, -1, noise, 0.1)
+    tokens = heard.tokens
+    rows = [i for i, (ids, _) in enumerate(lessons.wanted) if torch.equal(ids, tokens.ids)]
+
+    def refusal_at(nats: float, settings: RefineSettings) -> float:
+        *_, refined = refine(subject, lessons, start, "raise", settings, seed=0)
+        hidden = lessons.step.last_hidden(layer)[rows].float() + refined.direction
+        steered = subject.shadow(lessons.step, rows, layer, hidden)
+        base = lessons.step.logits[rows].float()
+        mixed = mix_within_budget(base, steered, torch.full((len(rows),), nats))
+        return float(refusal_probability(mixed.logits, tokens.ids, tokens.weights).mean())
+
+    for_one, for_four = (RefineSettings(steps=24, budget_nats=nats) for nats in (1.0, 4.0))
+    assert refusal_at(4.0, for_four) > refusal_at(4.0, for_one) + 0.01
+
+
 def test_refusals_that_do_not_go_with_harm_carry_nothing(heard: Heard) -> None:
     refusal = next(r for r in heard.responses if heard.subject.decode(r).startswith("i cannot"))
     answer = heard.responses[-1]  # to an ordinary prompt
