@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **result.summary(),
         "thorough": args.thorough,
         "n_prompts_at_hand": len(shipped_prompts()),
-        "most_prompts_used": config.most_prompts or len(shipped_prompts()),
+        "most_prompts_used": config.prompt_limit or len(shipped_prompts()),
         "n_candidates": {sign: len(effects) for sign, effects in result.effects.items()},
         "hardware": hardware(args.device),
         "torch": torch.__version__,

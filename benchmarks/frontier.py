@@ -37,11 +37,10 @@ from calibration.config import CalibrationConfig
 from calibration.directions import random_directions
 from calibration.evaluate import read_gate
 from calibration.prompts import (
-    MOST_PROMPTS,
     Prompt,
-    calibration_splits,
     load_prompts,
     shipped_prompts,
+    splits_behind,
 )
 from calibration.transformers_subject import TransformersSubject, load_subject
 from cli.models import resolve_model
@@ -298,9 +297,16 @@ def gate_range(artifact: CarrierArtifact) -> tuple[float, float]:
     return min(low, thresholds.raise_above), thresholds.raise_above
 
 
-def gather(files: dict[str, list[Path]], seed: int, n: int) -> dict[str, list[str]]:
-    """At most n prompts a set, from all over the files or over the shipped test split."""
-    test = calibration_splits(shipped_prompts(), MOST_PROMPTS, seed).test
+def gather(files: dict[str, list[Path]], artifact: CarrierArtifact, n: int) -> dict[str, list[str]]:
+    """At most n prompts a set, from all over the files or over the guard's own test split."""
+    manifest = artifact.manifest
+    splits = splits_behind(manifest.datasets, shipped_prompts(), manifest.seed)
+    if splits is None and not all(files.values()):
+        raise SystemExit(
+            "the guard was calibrated with other prompts than the shipped ones: name files for"
+            " --harmful, --hard-benign and --ordinary"
+        )
+    test = () if splits is None else splits.test
     found = {}
     for key, (label, stratum) in SETS.items():
         kind: list[Prompt] = [
@@ -323,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     artifact = load_artifact(args.guard)
     artifact.check_model(subject.identity)
     files = {key: getattr(args, key) for key in SETS}
-    sets = gather(files, artifact.manifest.seed, args.n)
+    sets = gather(files, artifact, args.n)
     arena = Arena(subject, artifact, sets, args.max_tokens, args.seed, args.batch)
     trials = run(
         arena,

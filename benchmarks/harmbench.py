@@ -21,11 +21,9 @@ from benchmarks.frontier import hardware
 from calibration.config import CalibrationConfig
 from calibration.evaluate import Answered, answer_pairs, compare
 from calibration.prompts import (
-    MOST_PROMPTS,
-    calibration_splits,
-    datasets_sha256,
     load_prompts,
     shipped_prompts,
+    splits_behind,
 )
 from calibration.transformers_subject import TransformersSubject, load_subject
 from cli.models import resolve_model
@@ -43,7 +41,7 @@ def main() -> int:
     parser.add_argument("--preset", help="of the guard; default: the certified thresholds")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--benign", type=int, default=48, help="of each stratum")
-    parser.add_argument("--most-prompts", type=int, default=MOST_PROMPTS, help="of the calibration")
+    parser.add_argument("--most-prompts", type=int, nargs="*", default=[], help="if not a default")
     parser.add_argument("--json", action="store_true", help="print the object on stdout")
     parser.add_argument("--out", type=Path, help="write the object there")
     args = parser.parse_args()
@@ -52,14 +50,15 @@ def main() -> int:
     )
     artifact = load_artifact(args.guard).with_preset(args.preset)
     artifact.check_model(subject.identity)
-    test = calibration_splits(shipped_prompts(), args.most_prompts, artifact.manifest.seed).test
-    if artifact.manifest.datasets["test"] != datasets_sha256(test):
+    manifest = artifact.manifest
+    splits = splits_behind(manifest.datasets, shipped_prompts(), manifest.seed, *args.most_prompts)
+    if splits is None:
         raise SystemExit(
             f"{args.guard}: calibrated with other prompts, or --most-prompts, than here"
         )
     groups = {"harmbench_standard": standard_behaviours(args.prompts)}
     for stratum in ("hard", "ordinary"):
-        kind = [p.text for p in test if p.label == "benign" and p.stratum == stratum]
+        kind = [p.text for p in splits.test if p.label == "benign" and p.stratum == stratum]
         groups[f"{stratum}_benign"] = kind[: args.benign]
     policy = Policy()
     found: dict[str, Any] = {}

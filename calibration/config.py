@@ -92,10 +92,11 @@ class CalibrationConfig(BaseModel):
     lower_budget_nats: float = Field(
         default=1.0, gt=0.0, description="Budget at which a lower carrier is confirmed."
     )
-    most_prompts: int = Field(
-        default=MOST_PROMPTS,
+    most_prompts: int | None = Field(
+        default=None,
         ge=0,
-        description="Prompts that are used, at most, drawn evenly from all kinds; 0: all of them.",
+        description="Prompts that are used, at most, drawn evenly from all kinds; 0: all of them;"
+        f" default: {MOST_PROMPTS:,}, on a GPU all of them.",
     )
     message_width: int = Field(
         default=512,
@@ -194,6 +195,13 @@ class CalibrationConfig(BaseModel):
         if bool(self.model) == (self.endpoint is not None):
             raise ValueError("give a model or an endpoint, not both")
         return self
+
+    @property
+    def prompt_limit(self) -> int:
+        """How many prompts are used at most; 0: all. A GPU runs the rest in seconds."""
+        if self.most_prompts is not None:
+            return self.most_prompts
+        return MOST_PROMPTS if self.endpoint is not None or self.device == "cpu" else 0
 
     @property
     def work_folder(self) -> Path:

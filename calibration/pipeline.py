@@ -169,7 +169,7 @@ def calibrate(config: CalibrationConfig, progress: Progress | None = None) -> Ca
             subject.identity.model_dump_json(),
             datasets_sha256(prompts),
             config.seed,
-            config.most_prompts,
+            config.prompt_limit,
             config.batch_size,
             config.listen_tokens,
             config.device if config.endpoint is None else "endpoint",
@@ -244,13 +244,13 @@ def calibrate_subject(
     """
     clock = _Clock()
     notes: list[str] = []
-    splits = calibration_splits(prompts, config.most_prompts, config.seed)
+    splits = calibration_splits(prompts, config.prompt_limit, config.seed)
     used = [*splits.train, *splits.validation, *splits.calibration, *splits.test]
     check_two_sided(used)
     if len(used) < len(prompts):
         notes.append(
             f"{len(used):,} of {len(prompts):,} prompts were used, drawn evenly from all kinds"
-            " (--most-prompts; --thorough: all)"
+            " (--most-prompts 0: all)"
         )
     n_layers = subject.identity.n_layers
 

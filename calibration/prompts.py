@@ -35,6 +35,7 @@ __all__ = [
     "load_prompts",
     "shipped_prompts",
     "split_prompts",
+    "splits_behind",
     "spread",
     "thinned",
 ]
@@ -200,6 +201,24 @@ def calibration_splits(prompts: Sequence[Prompt], most: int, seed: int) -> Split
     prompts = thinned(prompts, most, seed)
     held = [min(share, most / len(prompts)) for share, most in zip(_HELD, _MOST_HELD, strict=True)]
     return split_prompts(prompts, seed, (round(1.0 - sum(held), 9), held[0], held[1], held[2]))
+
+
+def splits_behind(
+    datasets: Mapping[str, str], prompts: Sequence[Prompt], seed: int, *more: int
+) -> Splits | None:
+    """The splits that a guard was calibrated on; None if they are not of these prompts.
+
+    Args:
+        datasets: split → `datasets_sha256`, as in the guard's manifest.
+        prompts: all that there were.
+        seed: of the calibration.
+        more: numbers of prompts to try beside the defaults.
+    """
+    for most in (MOST_PROMPTS, 0, *more):
+        splits = calibration_splits(prompts, most, seed)
+        if all(datasets_sha256(getattr(splits, name)) == sha for name, sha in datasets.items()):
+            return splits
+    return None
 
 
 def split_prompts(

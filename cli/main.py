@@ -170,9 +170,12 @@ def calibrate(
         int, typer.Option(help="Prompts of each kind on which policies are compared; 0: none.")
     ] = 32,
     most_prompts: Annotated[
-        int,
-        typer.Option(help="Prompts that are used, at most, drawn evenly from all kinds; 0: all."),
-    ] = 5000,
+        int | None,
+        typer.Option(
+            help="Prompts that are used, at most, drawn evenly from all kinds; 0: all."
+            " Default: 5,000, on a GPU all."
+        ),
+    ] = None,
     confidence: Annotated[
         float | None,
         typer.Option(

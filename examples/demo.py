@@ -25,10 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from calibration.prompts import (
-    MOST_PROMPTS,
-    calibration_splits,
-    datasets_sha256,
     shipped_prompts,
+    splits_behind,
 )
 from guard.artifact import load_artifact
 from guard.errors import ArtifactError
@@ -109,8 +107,7 @@ def reusable() -> bool:
         datasets = load_artifact(GUARD).manifest.datasets
     except ArtifactError:
         return False
-    splits = calibration_splits(shipped_prompts(), MOST_PROMPTS, seed=0)
-    return datasets == {name: datasets_sha256(getattr(splits, name)) for name in datasets}
+    return splits_behind(datasets, shipped_prompts(), 0) is not None
 
 
 @contextmanager

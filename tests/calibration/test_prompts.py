@@ -7,22 +7,27 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calibration.config import CalibrationConfig
 from calibration.prompts import (
     LEAST_PROMPTS,
     LONGEST_PROMPT,
+    MOST_PROMPTS,
     Label,
     Prompt,
     Splits,
+    calibration_splits,
     check_two_sided,
     datasets_sha256,
     load_prompts,
     shipped_prompts,
     split_prompts,
+    splits_behind,
     thinned,
 )
 from guard.errors import InputError, PromptSetError
@@ -352,3 +357,33 @@ def test_the_hash_of_a_set_ignores_order_and_ids_and_sees_every_other_change() -
         [first, *prompts],
     ]
     assert len({whole, *map(datasets_sha256, changed)}) == 1 + len(changed)
+
+
+def test_the_splits_behind_a_guard_are_found_by_their_hashes() -> None:
+    prompts = numbered("harmful", 120) + numbered("benign", 120)
+    for most in (0, 100):
+        splits = calibration_splits(prompts, most, seed=3)
+        datasets = {name: datasets_sha256(getattr(splits, name)) for name in ("train", "test")}
+        assert splits_behind(datasets, prompts, 3, 100) == splits
+        assert splits_behind(datasets, prompts, 4, 100) is None
+        assert splits_behind(datasets, prompts[2:], 3, 100) is None
+    assert splits_behind(datasets, prompts, 3) is None  # 100 is no default
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit"),
+    [
+        ({}, MOST_PROMPTS),
+        ({"device": "cuda"}, 0),
+        ({"device": "cuda:1"}, 0),
+        ({"device": "cuda", "most_prompts": 70}, 70),
+        ({"most_prompts": 0}, 0),
+    ],
+)
+def test_a_gpu_takes_all_prompts_unless_it_is_told(settings: dict[str, Any], limit: int) -> None:
+    assert CalibrationConfig(model="m", **settings).prompt_limit == limit
+
+
+def test_an_endpoint_is_not_asked_for_more_than_a_processor() -> None:
+    config = CalibrationConfig(endpoint="http://127.0.0.1:1", admin_key="k", device="cuda")
+    assert config.prompt_limit == MOST_PROMPTS
