@@ -25,6 +25,7 @@ from calibration.gate_fit import (
     fit_probe,
     fit_thresholds,
     gate_measurements,
+    joined,
     template_window,
 )
 from calibration.prompts import Label, Prompt, Stratum
@@ -175,6 +176,24 @@ def test_logits_stay_within_reason_where_validation_is_told_apart_without_a_mist
     scores, harmful = probe.scores(validation), validation.harmful
     assert float(scores[harmful].min()) > float(scores[~harmful].max())
     assert 1.0 < float(scores.abs().max()) < 15.0
+
+
+def test_joined_prompts_score_as_they_do_apart() -> None:
+    one, other = planted(60, seed=0), planted(40, seed=1)
+    some = replace(other, layers=[1, 3], hidden=other.hidden[:, [1, 3]])
+    both = joined(one, some)
+    assert both.prompts == [*one.prompts, *other.prompts]
+    assert list(both.layers) == [1, 3]
+    probe = fit_probe(one, other, range(N_LAYERS), WINDOW, seed=0)
+    assert probe.template_layer == TEMPLATE_LAYER
+    apart = torch.cat([probe.scores(one), probe.scores(some)])
+    assert torch.allclose(probe.scores(both), apart, atol=1e-5)
+    assert apart.std() > 0.1
+
+
+def test_joined_prompts_have_messages_only_if_both_have() -> None:
+    one = planted(3, seed=0)
+    assert joined(one, replace(one, messages=None)).messages is None
 
 
 def test_a_probe_needs_at_least_one_layer() -> None:
