@@ -6,6 +6,7 @@ Layers are chosen by ridge regression, which costs a matrix solve each; the prob
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ __all__ = [
 
 _N_HEADS, _N_VALUES, _N_TEMPLATE, _N_HIDDEN = 4, 8, 16, 32
 _STEPS, _EVERY, _RATE, _DECAY, _DROPOUT = 200, 20, 3e-3, 0.3, 0.5
+_MEMORY = 0.97  # of the average over steps: some thirty of them
 _RIDGE = 1.0  # times the mean of the diagonal: it ranks layers, and is not tuned
 
 
@@ -188,8 +190,9 @@ def fit_probe(
     The message is read at the layer where its mean does best alone, of those that were captured; a
     second layer is then chosen for the template's tokens behind it. The three groups (harmful,
     ordinary benign, hard benign) weigh the same in training, and a matched pair is always on one
-    side of a split, so style carries as little as the data allows. Training stops where validation
-    is best, and the logit is then scaled on validation (Platt 1999).
+    side of a split, so style carries as little as the data allows. The weights are an average over
+    the last steps (Polyak and Juditsky 1992), training stops where validation is best, and the
+    logit is then scaled on validation (Platt 1999).
 
     Args:
         train: prompts that the weights are fitted on.
@@ -340,7 +343,8 @@ def _trained(
         torch.manual_seed(seed)
         net = _Net(inputs.template.shape[1], inputs.message is not None).to(device)
         optimiser = torch.optim.AdamW(net.parameters(), lr=_RATE, weight_decay=_DECAY)
-        best, kept = -1.0, {name: p.detach().clone() for name, p in net.named_parameters()}
+        averaged = copy.deepcopy(net)  # over the last steps: it depends less on which of them
+        best, kept = -1.0, _weights(averaged)
         for step in range(1, _STEPS + 1):
             loss = torch.nn.functional.binary_cross_entropy_with_logits(
                 net(inputs, _DROPOUT), target, weights
@@ -348,13 +352,19 @@ def _trained(
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-            if step % _EVERY == 0:
-                with torch.no_grad():
-                    area = _separates(net(others, 0.0).cpu(), validation)
-                if area > best:
-                    best = area
-                    kept = {name: p.detach().clone() for name, p in net.named_parameters()}
+            with torch.no_grad():
+                share = max(1.0 - _MEMORY, 10 / (step + 10))  # its first steps are soon forgotten
+                for mean, now in zip(averaged.parameters(), net.parameters(), strict=True):
+                    mean.lerp_(now, share)
+                if step % _EVERY == 0:
+                    area = _separates(averaged(others, 0.0).cpu(), validation)
+                    if area > best:
+                        best, kept = area, _weights(averaged)
     return _folded(kept, template_scale, message_scale)
+
+
+def _weights(net: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
 def _folded(
