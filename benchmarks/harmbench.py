@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--preset", help="of the guard; default: the certified thresholds")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--benign", type=int, default=48, help="of each stratum")
-    parser.add_argument("--most-prompts", type=int, nargs="*", default=[], help="if not a default")
+    parser.add_argument("--most-prompts", type=int, default=0, help="if not a default")
     parser.add_argument("--json", action="store_true", help="print the object on stdout")
     parser.add_argument("--out", type=Path, help="write the object there")
     args = parser.parse_args()
@@ -51,7 +51,7 @@ def main() -> int:
     artifact = load_artifact(args.guard).with_preset(args.preset)
     artifact.check_model(subject.identity)
     manifest = artifact.manifest
-    splits = splits_behind(manifest.datasets, shipped_prompts(), manifest.seed, *args.most_prompts)
+    splits = splits_behind(manifest.datasets, shipped_prompts(), manifest.seed, args.most_prompts)
     if splits is None:
         raise SystemExit(
             f"{args.guard}: calibrated with other prompts, or --most-prompts, than here"

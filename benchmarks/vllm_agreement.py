@@ -47,7 +47,7 @@ def main() -> int:
     return 0
 
 
-def serve(model: str, n: int, rows: int, again: int, ranks: int = 1) -> dict[str, Any]:
+def serve(model: str, n: int, rows: int, again: int, ranks: int) -> dict[str, Any]:
     """Answer the prompts greedily and say what was done to each."""
     if ranks == 1:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the guard's state is in this process

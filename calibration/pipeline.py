@@ -284,6 +284,7 @@ def calibrate_subject(
     rest = [prompt for prompt in splits.train if id(prompt) not in kept]
     # The copies are trained on and nothing else: thresholds are promised for prompts as they come.
     train = joined(directions, captured("train", [*rest, *longer], middle, message_layers))
+    directions = replace(directions, messages=None)
     validation, calibration, test = (
         captured(name, getattr(splits, name), middle, message_layers)
         for name in ("validation", "calibration", "test")

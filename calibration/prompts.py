@@ -204,7 +204,7 @@ def calibration_splits(prompts: Sequence[Prompt], most: int, seed: int) -> Split
 
 
 def splits_behind(
-    datasets: Mapping[str, str], prompts: Sequence[Prompt], seed: int, *more: int
+    datasets: Mapping[str, str], prompts: Sequence[Prompt], seed: int, most: int = 0
 ) -> Splits | None:
     """The splits that a guard was calibrated on; None if they are not of these prompts.
 
@@ -212,10 +212,10 @@ def splits_behind(
         datasets: split → `datasets_sha256`, as in the guard's manifest.
         prompts: all that there were.
         seed: of the calibration.
-        more: numbers of prompts to try beside the defaults.
+        most: prompts that were used at most, if that was no default.
     """
-    for most in (MOST_PROMPTS, 0, *more):
-        splits = calibration_splits(prompts, most, seed)
+    for limit in {MOST_PROMPTS, 0, most}:
+        splits = calibration_splits(prompts, limit, seed)
         if all(datasets_sha256(getattr(splits, name)) == sha for name, sha in datasets.items()):
             return splits
     return None

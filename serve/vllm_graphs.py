@@ -5,9 +5,9 @@ number of rows, against 1 to 2 ms of work. So it is captured once per carrier an
 Rows are copied into buffers that stay, padded with copies of the first row whose budget is zero.
 
 Steered logits are compared with those of a null row, which runs beside the steered one with
-nothing added: so a carrier that does nothing moves nothing, to the last bit. Above `WITH_NULL_ROWS`
-rows they are compared with the base pass itself, for there null rows are half of the arithmetic
-that a device is bound by; what a carrier does then comes with the rounding of another batch shape,
+nothing added: so a carrier that does nothing moves nothing, to the last bit. Above 64 rows they
+are compared with the base pass itself, for there null rows are half of the arithmetic that a device
+is bound by; what a carrier does then comes with the rounding of another batch shape,
 as any row of vLLM does from step to step. The budget is exact either way.
 """
 
@@ -23,11 +23,9 @@ from guard.kl import Moved
 from guard.steering import Carrier
 from serve.vllm_guard import Steering, on_device
 
-__all__ = ["WITH_NULL_ROWS", "SteeringGraphs"]
+__all__ = ["SteeringGraphs"]
 
-WITH_NULL_ROWS = 64
-"""Rows that are steered at once with a null row each; more are compared with the base pass."""
-
+_WITH_NULL_ROWS = 64
 _SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 
 Run = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -44,7 +42,6 @@ class SteeringGraphs:
         run: the layers from one on.
         difference: (2n, d_model) normed null and steered states → (n, vocab) steered − null logits.
         kernels: the module of `mix_rows` and `gather_rows`.
-        null_rows: rows that are steered with a null row each; more are not.
         max_rows: that are steered at once.
         d_model: width of the residual stream.
         n_blocks: width of the block table.
@@ -58,7 +55,6 @@ class SteeringGraphs:
         difference: Callable[[Tensor], Tensor],
         kernels: Any,
         *,
-        null_rows: int,
         max_rows: int,
         d_model: int,
         n_blocks: int,
@@ -66,7 +62,7 @@ class SteeringGraphs:
         device: torch.device,
     ) -> None:
         self._run, self._difference, self._kernels = run, difference, kernels
-        self._device, self._null_rows = device, null_rows
+        self._device = device
         self._sizes = [size for size in _SIZES if size < max_rows] + [max_rows]
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -125,7 +121,7 @@ class SteeringGraphs:
         rows = self._kernels.StepRows(self._hidden, base, self._last, self._seq_lens, self._table)
         self._kernels.gather_rows(
             numbers, work.only_if, ends, step, rows, self._index, self._limits,
-            with_last=not self._with_null(size),
+            with_last=size > _WITH_NULL_ROWS,
         )  # fmt: skip
         if self._spare is not None and work.spare is not None:
             if work.spare is not self._spare_from:
@@ -137,9 +133,6 @@ class SteeringGraphs:
             faulty = found.outcome[:, 2:] > 0
             found = Moved(torch.where(faulty, base[:n].float(), found.logits), found.outcome)
         return self._index[:n], found
-
-    def _with_null(self, size: int) -> bool:
-        return size <= self._null_rows
 
     def _buffers(self, logits: Tensor) -> tuple[Tensor, Moved]:
         """Base rows in, moved rows out; made when the first logits show their size and type."""
@@ -157,7 +150,7 @@ class SteeringGraphs:
         null = self._hidden[:n]
         steered = carrier.apply(null.float()).to(null.dtype)
         seq_lens, table = self._seq_lens[:n], self._table[:n]
-        if self._with_null(n):
+        if n <= _WITH_NULL_ROWS:
             both = torch.cat([seq_lens, seq_lens]), torch.cat([table, table])
             last = self._run(carrier.layer, torch.cat([null, steered]), *both)
         else:

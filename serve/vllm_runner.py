@@ -27,7 +27,7 @@ from guard.errors import UnsupportedModelError
 from guard.kl import Moved
 from guard.policy import POLICY_FIELD
 from guard.steering import Carrier
-from serve.vllm_graphs import WITH_NULL_ROWS, SteeringGraphs
+from serve.vllm_graphs import SteeringGraphs
 from serve.vllm_guard import (
     MAX_STEERED,
     Runner,
@@ -510,8 +510,8 @@ class _V2(ModelRunner):
             output = forward(*args, **kwargs)
             self._in_python = True
             capturing = torch.cuda.is_current_stream_capturing()
-            slots = _slots_of_forward()
-            if self._kernels is not None and slots is not None and (capturing or not warm):
+            due = self._kernels is not None and (capturing or not warm)
+            if due and (slots := _slots_of_forward()) is not None:
                 aux = output[1]
                 guard.keep(self, lambda layer: aux[self._index[layer]], slots)
                 self._n_keeping += capturing
@@ -599,7 +599,6 @@ class _V2(ModelRunner):
             run,
             self.difference,
             self._kernels,
-            null_rows=WITH_NULL_ROWS,
             max_rows=min(MAX_STEERED, runner.max_num_reqs),
             d_model=runner.model_config.get_hidden_size(),
             n_blocks=runner.block_tables.input_block_tables[0].shape[1],
